@@ -1,0 +1,42 @@
+#pragma once
+#include <cstdint>
+
+#include "kernels/dtype.h"
+
+namespace perseid::kernels {
+
+/// splitmix64 (Steele, Lea, Flood 2014). splitmix64(0) = 0xE220A8397B1DCDAF.
+constexpr uint64_t splitmix64(uint64_t x) {
+  x += 0x9E3779B97F4A7C15ull;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+/// Key of one random stream from its coordinates, for example {seed, layer, expert, parameter}.
+/// Order matters. Never contains a rank: every rank count draws the same numbers.
+struct RandomKey {
+  uint64_t value = 0;
+  constexpr RandomKey with(uint64_t coordinate) const {
+    return RandomKey{splitmix64(value ^ splitmix64(coordinate))};
+  }
+};
+constexpr RandomKey random_key(uint64_t seed) { return RandomKey{splitmix64(seed)}; }
+
+/// 64 random bits, element `counter` of the stream `key`. Counter-based: no state, any order.
+constexpr uint64_t random_bits(RandomKey key, uint64_t counter) {
+  return splitmix64(key.value + counter * 0x9E3779B97F4A7C15ull);
+}
+/// Uniform in [0, 1) with 53 random bits.
+constexpr double random_uniform(RandomKey key, uint64_t counter) {
+  return static_cast<double>(random_bits(key, counter) >> 11) * 0x1.0p-53;
+}
+/// Uniform integer in [0, n), n >= 1 (multiply-high; bias below n / 2^64).
+inline uint64_t random_below(RandomKey key, uint64_t counter, uint64_t n) {
+  return static_cast<uint64_t>((static_cast<unsigned __int128>(random_bits(key, counter)) * n) >> 64);
+}
+
+/// out[i] = low + (high - low) * random_uniform(key, i), computed in double, rounded once.
+void fill_uniform(void* out, int64_t count, DType dtype, double low, double high, RandomKey key);
+
+}  // namespace perseid::kernels

@@ -1,0 +1,18 @@
+#pragma once
+#include <cstdint>
+
+namespace perseid::kernels {
+
+enum class Device : uint8_t { kCpu, kCuda };
+
+/// Where an operation of this folder runs. The default is the host: the operation is complete when
+/// the call returns. On kCuda the operation is queued on the stream and pointers are device pointers.
+struct Stream {
+  Device device = Device::kCpu;
+  void* handle = nullptr;  ///< cudaStream_t; borrowed
+};
+
+/// Throws ConfigError unless the stream's device is one that this build has kernels for.
+void require_device(const Stream& stream, const char* operation);
+
+}  // namespace perseid::kernels
