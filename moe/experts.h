@@ -1,0 +1,40 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "moe/placement.h"
+#include "moe/routing_plan.h"
+
+namespace perseid {
+
+/// The experts of one rank. Parameters belong to this rank: a trainer must not sum their gradients
+/// over ranks that hold other experts (moe/gradients.h does it right).
+class Experts : public torch::nn::Module {
+ public:
+  Experts(std::string name, std::vector<int64_t> expert_ids, int64_t d_in, int64_t d_out);
+
+  /// out[n, g, :] = sum over the assignments a of row n, in order, of weights[a, g] * f_expert(a)(rows[n]).
+  /// @param rows     [N, d_in]
+  /// @param weights  [R, G] float32 (float64 for float64 rows), differentiable; each selected expert
+  ///                 runs once per row whatever G is
+  /// @param plan     plan->local is used
+  /// @return [N, G * d_out]; rows without assignment are 0, and experts without rows get gradient 0
+  virtual at::Tensor forward(const at::Tensor& rows, const at::Tensor& weights,
+                             const std::shared_ptr<const RoutingPlan>& plan) = 0;
+
+  const std::vector<int64_t>& expert_ids() const { return expert_ids_; }  ///< global ids, by slot
+  int64_t num_local_experts() const { return static_cast<int64_t>(expert_ids_.size()); }
+  int64_t d_in() const { return d_in_; }
+  int64_t d_out() const { return d_out_; }
+
+ private:
+  std::vector<int64_t> expert_ids_;
+  int64_t d_in_;
+  int64_t d_out_;
+};
+
+}  // namespace perseid

@@ -1,0 +1,37 @@
+#pragma once
+#include <torch/nn/modules/container/any.h>
+
+#include <functional>
+
+#include "moe/experts.h"
+
+namespace perseid {
+
+/// Makes the module of one expert. Called for the experts of this rank only, with LibTorch's default
+/// generator seeded from (seed, layer, expert id): the usual initialisers then give every rank count
+/// the same weights. The generator's state is restored afterwards.
+using ExpertFactory = std::function<torch::nn::AnyModule(int64_t expert_id)>;
+
+struct ModuleExpertsOptions {
+  ModuleExpertsOptions(int64_t d_in, int64_t d_out) : d_in_(d_in), d_out_(d_out) {}
+  TORCH_ARG(int64_t, d_in);   ///< a row is [d_in]; modules that want another shape view it themselves
+  TORCH_ARG(int64_t, d_out);
+  TORCH_ARG(uint64_t, seed) = 0;
+  TORCH_ARG(int64_t, layer_id) = 0;
+};
+
+/// Any torch::nn::Module as expert: forward takes [rows, d_in] and returns [rows, d_out]. A module
+/// without rows is not called; its parameters get zero gradients, never undefined ones. The module
+/// saves what its own autograd saves. Modules are registered as "expert_<global id>".
+class ModuleExperts : public Experts {
+ public:
+  ModuleExperts(const ModuleExpertsOptions& options, const ExpertFactory& factory,
+                const ExpertPlacement& placement, int ep_rank);
+  at::Tensor forward(const at::Tensor& rows, const at::Tensor& weights,
+                     const std::shared_ptr<const RoutingPlan>& plan) override;
+
+ private:
+  std::vector<torch::nn::AnyModule> modules_;
+};
+
+}  // namespace perseid

@@ -1,0 +1,93 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <torch/nn/module.h>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "gates/gate.h"
+#include "moe/capacity.h"
+#include "moe/experts.h"
+#include "moe/parallel_groups.h"
+
+namespace perseid {
+
+enum class OnNonFinite : uint8_t {
+  kRaise,  ///< a NaN or infinity in the logits of any rank makes all ranks throw Diverged
+  kCount,  ///< only counted in the statistics
+};
+
+struct MoELayerOptions {
+  CapacityOptions capacity;
+  OnNonFinite on_nonfinite = OnNonFinite::kRaise;
+  bool strict = true;      ///< same bits at any number of ranks, see RoutingPlan
+  int layer_id = 0;        ///< names the layer in errors and in the headers that ranks compare
+};
+
+struct MoEInput {
+  MoEInput(at::Tensor tokens_) : tokens(std::move(tokens_)) {}  // NOLINT: a tensor is an input
+  at::Tensor tokens;                   ///< [T, D] what the experts read; T may be 0
+  std::optional<at::Tensor> features;  ///< [T, any] what the gates read; absent: tokens
+  std::optional<at::Tensor> keys;      ///< [T] int64, for hash gates
+  std::optional<at::Tensor> valid;     ///< [T] bool, true = a real token
+  std::optional<at::Tensor> sequence;  ///< [T] int64
+  int64_t step = 0;
+  double progress = 0;
+};
+
+/// Counts of one forward, summed over all ranks; values only.
+struct MoEStats {
+  std::vector<gates::GateStats> gates;  ///< [G]
+  int64_t num_dropped = 0;              ///< assignments lost to capacity
+  int64_t num_tokens = 0;               ///< valid tokens
+  int64_t rows_processed = 0;           ///< (token, expert) pairs that experts ran, after merging gates
+};
+
+struct MoEOutput {
+  std::vector<at::Tensor> outputs;  ///< [G] of [T, d_out], one for each gate
+  std::vector<gates::NamedLoss> losses;
+  MoEStats stats;
+
+  const at::Tensor& output() const { return outputs.front(); }
+  /// Sum of the losses, a scalar (0 without losses): add it to the local loss of the task.
+  at::Tensor loss() const;
+};
+
+/// A sparse mixture-of-experts layer over the ranks of its groups. Several gates (one per task) share
+/// the experts: an expert that more than one gate selects for a token runs once.
+/// forward is collective over groups.world and keeps nothing of the step in the layer. All ranks must
+/// call it, also those without tokens, and the backward as well.
+class MoELayer : public torch::nn::Module {
+ public:
+  /// @param gates    1..G gates with equal num_experts; registered as "gate" or "gate_0" ...
+  /// @param experts  this rank's experts; their ids must be those of `placement`
+  /// @param shared   optional module that every token passes, [T, D] -> [T, d_out], added to each output
+  MoELayer(std::vector<std::shared_ptr<gates::Gate>> gates, std::shared_ptr<Experts> experts,
+           ExpertPlacement placement, ParallelGroups groups, MoELayerOptions options = {},
+           std::shared_ptr<Experts> shared = nullptr);
+
+  /// Throws on every rank alike; see MoELayerOptions::on_nonfinite and comm::Group.
+  MoEOutput forward(const MoEInput& input);
+
+  /// Once per optimiser step in training: lets gates move their balancing state.
+  void after_step(const MoEStats& stats);
+
+  const std::vector<std::shared_ptr<gates::Gate>>& gates() const { return gates_; }
+  const std::shared_ptr<Experts>& experts() const { return experts_; }
+  const ParallelGroups& groups() const { return groups_; }
+
+ private:
+  std::vector<std::shared_ptr<gates::Gate>> gates_;
+  std::shared_ptr<Experts> experts_;
+  std::shared_ptr<Experts> shared_;
+  ExpertPlacement placement_;
+  ParallelGroups groups_;
+  MoELayerOptions options_;
+};
+
+/// Largest load / mean load - 1 over experts (arXiv 2408.15664); 0 is perfect balance.
+double max_vio(const at::Tensor& tokens_per_expert);
+
+}  // namespace perseid
