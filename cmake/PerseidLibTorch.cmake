@@ -51,7 +51,7 @@ foreach(library IN ITEMS c10 torch_cpu)
     add_library(Perseid::${library} SHARED IMPORTED)
     set_target_properties(Perseid::${library} PROPERTIES
       IMPORTED_LOCATION "${perseid_torch}/lib/lib${library}.so"
-      INTERFACE_SYSTEM_INCLUDE_DIRECTORIES
+      INTERFACE_INCLUDE_DIRECTORIES
         "${perseid_torch}/include;${perseid_torch}/include/torch/csrc/api/include")
   endif()
 endforeach()

@@ -11,7 +11,8 @@ enum class ReduceOp : uint8_t { kSum, kMin, kMax };
 void barrier(const Group& group, CallSite site = {});
 
 /// data[i] = op over ranks of data[i], in place, the same bits on every rank: sums are formed in
-/// rank order (each rank reduces one shard, then all shards are gathered: 2 * (P-1)/P * bytes sent).
+/// rank order (each rank reduces one shard, then all shards are gathered: 2 * (P-1)/P * bytes
+/// sent).
 /// @param count  elements, equal on all ranks; may be 0
 void all_reduce(float* data, int64_t count, ReduceOp op, const Group& group, CallSite site = {});
 void all_reduce(double* data, int64_t count, ReduceOp op, const Group& group, CallSite site = {});

@@ -34,8 +34,8 @@ struct RowType {
   int64_t bytes() const { return width * kernels::dtype_bytes(dtype); }
 };
 
-/// Moves rows: block p of `send` becomes this rank's block in rank p's `recv`. Collective: all ranks
-/// of `group`, also with 0 rows. Does not reorder or convert.
+/// Moves rows: block p of `send` becomes this rank's block in rank p's `recv`. Collective: all
+/// ranks of `group`, also with 0 rows. Does not reorder or convert.
 /// @param send  [sum(send_rows), width] blocks in rank order without gaps; borrowed
 /// @param recv  [R, width] blocks in rank order; borrowed, must not overlap `send`
 /// Moves num_send_rows() * row.bytes() bytes; the block for this rank is a local copy. Host groups:

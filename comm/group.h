@@ -12,20 +12,21 @@ class Backend;
 /// Where a collective is called from. It travels in the header that ranks compare, and is what an
 /// error names. Ranks must pass equal values.
 struct CallSite {
-  const char* operation = nullptr;  ///< name in errors ("dispatch"); null: the collective's own name
-  int layer = -1;                   ///< -1: none
-  int64_t step = -1;                ///< -1: none
+  const char* operation =
+      nullptr;        ///< name in errors ("dispatch"); null: the collective's own name
+  int layer = -1;     ///< -1: none
+  int64_t step = -1;  ///< -1: none
 };
 
 /// A group of P ranks that communicate. A value: copies share one implementation, which lives until
 /// the last copy is gone. A group of one rank never communicates; callers need no special case.
 ///
 /// Every collective (this header, comm/collectives.h, comm/exchange.h) must be entered by all ranks
-/// of the group in the same order. Each begins with a 32-byte header to every peer; if ranks disagree
-/// (another collective, dtype, width, layer, step, configuration, a refused argument) all ranks throw
-/// the same exception with the same culprit. After PeerLost, or a disagreement about the order of
-/// calls (sequence, operation, layer, step), the group is failed and each later call throws at once.
-/// One thread of a rank may use a group at a time.
+/// of the group in the same order. Each begins with a 32-byte header to every peer; if ranks
+/// disagree (another collective, dtype, width, layer, step, configuration, a refused argument) all
+/// ranks throw the same exception with the same culprit. After PeerLost, or a disagreement about
+/// the order of calls (sequence, operation, layer, step), the group is failed and each later call
+/// throws at once. One thread of a rank may use a group at a time.
 class Group {
  public:
   Group();  ///< a group of one, the same as self_group()
@@ -59,8 +60,8 @@ Group self_group();
 /// PeerLost, if there is another) is rethrown.
 void run_local(int size, const std::function<void(const Group&)>& body);
 
-/// All ranks of MPI_COMM_WORLD (a duplicate of it). Needs MPI to be initialised, see comm/session.h.
-/// Throws ConfigError in a build without MPI.
+/// All ranks of MPI_COMM_WORLD (a duplicate of it). Needs MPI to be initialised, see
+/// comm/session.h. Throws ConfigError in a build without MPI.
 Group mpi_group();
 
 }  // namespace perseid::comm

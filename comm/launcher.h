@@ -22,8 +22,8 @@ struct LaunchInfo {
 
 /// A pure function of the environment. `requested` is auto, mpi, slurm, torchrun or single; auto
 /// looks for Open MPI and PMIx variables, then RANK + WORLD_SIZE, then SLURM_NTASKS above 1, then
-/// single. Throws ConfigError for another word, for a requested launcher whose variables are missing,
-/// and for a variable that is not a number or out of range, naming variable and value.
+/// single. Throws ConfigError for another word, for a requested launcher whose variables are
+/// missing, and for a variable that is not a number or out of range, naming variable and value.
 LaunchInfo detect_launcher(const Environment& environment, const std::string& requested = "auto");
 
 }  // namespace perseid::comm

@@ -5,10 +5,10 @@
 namespace perseid::gates {
 
 /// Softmax over all experts, every expert runs on every token: the dense mixture as a baseline. The
-/// same as a TopKGate with top_k = num_experts; its aux loss is off unless the options set it.
+/// same as a TopKGate with top_k = num_experts. It has no aux loss, which would be a constant.
 class DenseGate : public Gate {
  public:
-  /// top_k of the options is ignored.
+  /// top_k and aux_loss_coeff of the options are ignored.
   explicit DenseGate(TopKGateOptions options);
   GateOutput forward(const GateInput& input) override;
 

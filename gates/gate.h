@@ -13,18 +13,20 @@ namespace perseid::gates {
 
 /// What a gate is given. Only `tokens` is needed by every gate.
 struct GateInput {
-  at::Tensor tokens;                    ///< [T, D] any floating type
-  std::optional<at::Tensor> keys;       ///< [T] int64, for hash gates: token id, user id, sample id
-  std::optional<at::Tensor> valid;      ///< [T] bool, true = a real token; absent: all are
-  std::optional<at::Tensor> sequence;   ///< [T] int64 sequence number, for sequence-level balancing
-  int64_t first_token = 0;              ///< global id of token 0 of this rank
-  int64_t tokens_global = 0;            ///< valid tokens of all ranks, the divisor of every mean; 0: those given here
-  int64_t step = 0;                     ///< optimiser step, a key of randomness
-  double progress = 0;                  ///< of the training, in [0, 1]; clamped. Schedules read nothing else
+  at::Tensor tokens;                   ///< [T, D] any floating type
+  std::optional<at::Tensor> keys;      ///< [T] int64, for hash gates: token id, user id, sample id
+  std::optional<at::Tensor> valid;     ///< [T] bool, true = a real token; absent: all are
+  std::optional<at::Tensor> sequence;  ///< [T] int64 sequence number, for sequence-level balancing
+  int64_t first_token = 0;             ///< global id of token 0 of this rank
+  int64_t tokens_global =
+      0;             ///< valid tokens of all ranks, the divisor of every mean; 0: those given here
+  int64_t step = 0;  ///< optimiser step, a key of randomness
+  double progress = 0;  ///< of the training, in [0, 1]; clamped. Schedules read nothing else
   bool training = false;
 };
 
-/// A loss that is ready to be added: its coefficient is applied, and the sum over ranks is the loss.
+/// A loss that is ready to be added: its coefficient is applied, and the sum over ranks is the
+/// loss.
 struct NamedLoss {
   std::string name;
   at::Tensor value;  ///< scalar, differentiable
@@ -37,14 +39,14 @@ struct BalanceTerms {
   at::Tensor score_sum;          ///< [E] sum of scores over the local valid tokens, differentiable
   at::Tensor tokens_per_expert;  ///< [E] int64, local assignments
   double aux_loss_coeff = 0;
-  int64_t top_k = 1;             ///< nominal K, for normalisation
+  int64_t top_k = 1;  ///< nominal K, for normalisation
   bool normalize_by_k = true;
 };
 
 /// Counts of the local tokens; values only. Sums over ranks are sums of the fields.
 struct GateStats {
-  at::Tensor tokens_per_expert;      ///< [E] int64
-  int64_t num_tokens = 0;            ///< valid tokens
+  at::Tensor tokens_per_expert;  ///< [E] int64
+  int64_t num_tokens = 0;        ///< valid tokens
   int64_t num_assignments = 0;
   int64_t tokens_without_expert = 0;
   int64_t non_finite_tokens = 0;
@@ -64,7 +66,8 @@ struct GateOutput {
 /// experts. Random choices are keyed by (seed, step, layer, gate, global token id).
 class Gate : public torch::nn::Module {
  public:
-  /// @param top_k  nominal K: capacity and load balance use it. Throws ConfigError unless 1 <= K <= E
+  /// @param top_k  nominal K: capacity and load balance use it. Throws ConfigError unless 1 <= K <=
+  /// E
   Gate(std::string name, int64_t num_experts, int64_t top_k);
 
   virtual GateOutput forward(const GateInput& input) = 0;

@@ -18,17 +18,25 @@ struct HashGateOptions {
   TORCH_ARG(uint64_t, seed) = 0;
 };
 
-/// One expert per token from an integer key (hash layers, Roller et al. 2021): no parameters, no gate
-/// gradient, weight 1. GateInput::keys is required: features are never hashed. The hash is
-/// kernels::hash_bucket, equal on every platform and rank count. A table is a buffer named "table".
+/// One expert per token from an integer key (hash layers, Roller et al. 2021): no parameters, no
+/// gate gradient, weight 1. GateInput::keys is required: features are never hashed. The hash is
+/// kernels::hash_bucket, equal on every platform and rank count. A table is copied into a buffer
+/// named "table". Throws ConfigError for bad options or missing keys, DataError for a valid token
+/// whose key is outside the table with OutOfTable::kError.
 class HashGate : public Gate {
  public:
   explicit HashGate(const HashGateOptions& options);
   GateOutput forward(const GateInput& input) override;
   const HashGateOptions& options() const { return options_; }
 
+  using Gate::to;
+  /// The table holds ids: it moves between devices, its type stays int32.
+  void to(at::Device device, at::ScalarType dtype, bool non_blocking = false) override;
+  void to(at::ScalarType dtype, bool non_blocking = false) override;
+
  private:
   HashGateOptions options_;
+  at::Tensor table_;  // [V] int32 on kTable
 };
 
 }  // namespace perseid::gates

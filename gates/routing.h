@@ -6,8 +6,9 @@
 namespace perseid::gates {
 
 /// What a gate decides for the tokens of this rank: for each token a row of (expert, weight) pairs,
-/// the assignments. Rows may have any length, also 0. Inside a row: weight descending, equal weights
-/// by smaller expert id, no expert twice; the position in the row is the assignment's *choice*.
+/// the assignments. Rows may have any length, also 0. Inside a row: weight descending, equal
+/// weights by smaller expert id, no expert twice; the position in the row is the assignment's
+/// *choice*.
 struct Routing {
   int64_t num_tokens = 0;  ///< T
   /// K > 0: every token has exactly K assignments and `token_offsets` is undefined. 0: ragged.
@@ -38,7 +39,8 @@ Routing without_invalid(const Routing& routing, const at::Tensor& valid);
 /// [T+1] int32 offsets, also where they are implicit.
 at::Tensor explicit_offsets(const Routing& routing);
 
-/// [T, E] weights with zeros where there is no pair: for references, metrics and tests. Differentiable.
+/// [T, E] weights with zeros where there is no pair: for references, metrics and tests.
+/// Differentiable.
 at::Tensor dense_weights(const Routing& routing, int64_t num_experts);
 
 /// Throws ConfigError unless shapes, types and ids are legal. Reads the data.

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "kernels/error.h"
+#include "kernels/simd.h"
 
 namespace perseid::kernels {
 
@@ -15,10 +16,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float to_float(BFloat16 x) {
+PERSEID_INLINE float to_float(BFloat16 x) {
   return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
-inline BFloat16 to_bfloat16(float x) {
+PERSEID_INLINE BFloat16 to_bfloat16(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t quiet = (bits >> 16) | 0x40u;
@@ -37,12 +38,12 @@ struct AccumulateOf<double> {
 template <typename T>
 using Accumulate = typename AccumulateOf<T>::type;
 
-inline float load(const float* p) { return *p; }
-inline double load(const double* p) { return *p; }
-inline float load(const BFloat16* p) { return to_float(*p); }
-inline void store(float* p, float x) { *p = x; }
-inline void store(double* p, double x) { *p = x; }
-inline void store(BFloat16* p, float x) { *p = to_bfloat16(x); }
+PERSEID_INLINE float load(const float* p) { return *p; }
+PERSEID_INLINE double load(const double* p) { return *p; }
+PERSEID_INLINE float load(const BFloat16* p) { return to_float(*p); }
+PERSEID_INLINE void store(float* p, float x) { *p = x; }
+PERSEID_INLINE void store(double* p, double x) { *p = x; }
+PERSEID_INLINE void store(BFloat16* p, float x) { *p = to_bfloat16(x); }
 
 const char* dtype_name(DType dtype);    ///< "fp32", "bf16", ...
 int64_t dtype_bytes(DType dtype);       ///< bytes of one element

@@ -5,6 +5,12 @@
 
 namespace perseid::kernels {
 
+/// High 64 bits of a * b.
+constexpr uint64_t multiply_high(uint64_t a, uint64_t b) {
+  __extension__ using Wide = unsigned __int128;
+  return static_cast<uint64_t>((static_cast<Wide>(a) * b) >> 64);
+}
+
 /// splitmix64 (Steele, Lea, Flood 2014). splitmix64(0) = 0xE220A8397B1DCDAF.
 constexpr uint64_t splitmix64(uint64_t x) {
   x += 0x9E3779B97F4A7C15ull;
@@ -32,8 +38,8 @@ constexpr double random_uniform(RandomKey key, uint64_t counter) {
   return static_cast<double>(random_bits(key, counter) >> 11) * 0x1.0p-53;
 }
 /// Uniform integer in [0, n), n >= 1 (multiply-high; bias below n / 2^64).
-inline uint64_t random_below(RandomKey key, uint64_t counter, uint64_t n) {
-  return static_cast<uint64_t>((static_cast<unsigned __int128>(random_bits(key, counter)) * n) >> 64);
+constexpr uint64_t random_below(RandomKey key, uint64_t counter, uint64_t n) {
+  return multiply_high(random_bits(key, counter), n);
 }
 
 /// out[i] = low + (high - low) * random_uniform(key, i), computed in double, rounded once.

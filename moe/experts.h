@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "moe/placement.h"
@@ -11,16 +12,19 @@
 
 namespace perseid {
 
-/// The experts of one rank. Parameters belong to this rank: a trainer must not sum their gradients
-/// over ranks that hold other experts (moe/gradients.h does it right).
+/// The experts of one rank. Parameters belong to this rank unless they are replicated(): a trainer
+/// must not sum their gradients over ranks that hold other experts (moe/gradients.h does it right).
 class Experts : public torch::nn::Module {
  public:
+  /// @param name        operation that errors name
+  /// @param expert_ids  ascending global ids; may be empty
   Experts(std::string name, std::vector<int64_t> expert_ids, int64_t d_in, int64_t d_out);
 
-  /// out[n, g, :] = sum over the assignments a of row n, in order, of weights[a, g] * f_expert(a)(rows[n]).
+  /// out[n, g, :] = sum over the assignments a of row n, in order, of
+  ///                weights[a, g] * f_expert(a)(rows[n])
   /// @param rows     [N, d_in]
-  /// @param weights  [R, G] float32 (float64 for float64 rows), differentiable; each selected expert
-  ///                 runs once per row whatever G is
+  /// @param weights  [R, G] float32 (float64 for float64 rows), differentiable; each selected
+  ///                 expert runs once per row whatever G is
   /// @param plan     plan->local is used
   /// @return [N, G * d_out]; rows without assignment are 0, and experts without rows get gradient 0
   virtual at::Tensor forward(const at::Tensor& rows, const at::Tensor& weights,
@@ -31,10 +35,21 @@ class Experts : public torch::nn::Module {
   int64_t d_in() const { return d_in_; }
   int64_t d_out() const { return d_out_; }
 
+  /// True: every rank holds the same experts (shared experts of a layer), so their parameters count
+  /// as dense and their gradients are summed over all ranks. Set before training.
+  bool replicated() const { return replicated_; }
+  void set_replicated(bool replicated) { replicated_ = replicated; }
+
+ protected:
+  /// Throws ConfigError unless rows and weights have the shapes and types of forward and fit plan.
+  void require_inputs(const at::Tensor& rows, const at::Tensor& weights,
+                      const LocalPlan& plan) const;
+
  private:
   std::vector<int64_t> expert_ids_;
   int64_t d_in_;
   int64_t d_out_;
+  bool replicated_ = false;
 };
 
 }  // namespace perseid

@@ -1,20 +1,24 @@
 #pragma once
+#include <torch/arg.h>
 #include <torch/nn/modules/container/any.h>
 
+#include <cstdint>
 #include <functional>
+#include <memory>
+#include <vector>
 
 #include "moe/experts.h"
 
 namespace perseid {
 
-/// Makes the module of one expert. Called for the experts of this rank only, with LibTorch's default
-/// generator seeded from (seed, layer, expert id): the usual initialisers then give every rank count
-/// the same weights. The generator's state is restored afterwards.
+/// Makes the module of one expert. Called for the experts of this rank only, with LibTorch's
+/// default generator seeded from (seed, layer, expert id): the usual initialisers then give every
+/// rank count the same weights. The generator's state is restored afterwards.
 using ExpertFactory = std::function<torch::nn::AnyModule(int64_t expert_id)>;
 
 struct ModuleExpertsOptions {
   ModuleExpertsOptions(int64_t d_in, int64_t d_out) : d_in_(d_in), d_out_(d_out) {}
-  TORCH_ARG(int64_t, d_in);   ///< a row is [d_in]; modules that want another shape view it themselves
+  TORCH_ARG(int64_t, d_in);  ///< a row is [d_in]; a module that wants another shape views it
   TORCH_ARG(int64_t, d_out);
   TORCH_ARG(uint64_t, seed) = 0;
   TORCH_ARG(int64_t, layer_id) = 0;

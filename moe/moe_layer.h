@@ -11,6 +11,7 @@
 #include "moe/capacity.h"
 #include "moe/experts.h"
 #include "moe/parallel_groups.h"
+#include "moe/selection.h"
 
 namespace perseid {
 
@@ -79,6 +80,16 @@ class MoELayer : public torch::nn::Module {
   const ParallelGroups& groups() const { return groups_; }
 
  private:
+  /// What the gates decided: which experts run, with which weights, and what it costs.
+  struct Decision {
+    Selection selection;
+    std::vector<gates::NamedLoss> losses;
+    MoEStats stats;
+  };
+  gates::GateInput agree_on_input(const MoEInput& input, comm::CallSite site) const;
+  Decision decide(const gates::GateInput& input, comm::CallSite site);
+  MoEOutput finish(const MoEInput& input, const at::Tensor& combined, Decision decision);
+
   std::vector<std::shared_ptr<gates::Gate>> gates_;
   std::shared_ptr<Experts> experts_;
   std::shared_ptr<Experts> shared_;

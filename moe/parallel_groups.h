@@ -1,4 +1,6 @@
 #pragma once
+#include <cstdint>
+
 #include "comm/group.h"
 
 namespace perseid {
@@ -12,7 +14,8 @@ struct ParallelGroups {
   comm::Group expert_replicas;  ///< world.size() / ep_size ranks
 };
 
-/// Collective over world. @param ep_size  1 .. world.size(), a divisor of it; 0: all ranks
+/// Collective over world; all ranks throw if they pass different sizes.
+/// @param ep_size  1 .. world.size(), a divisor of it; 0: all ranks
 ParallelGroups make_parallel_groups(const comm::Group& world, int64_t ep_size = 0);
 
 }  // namespace perseid

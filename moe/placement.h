@@ -1,4 +1,5 @@
 #pragma once
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -18,10 +19,8 @@ class ExpertPlacement {
   int num_ranks() const { return static_cast<int>(experts_of_.size()); }
   int rank_of(int64_t expert) const { return rank_of_[static_cast<size_t>(expert)]; }
   int32_t slot_of(int64_t expert) const { return slot_of_[static_cast<size_t>(expert)]; }
-  /// Global ids of the experts of a rank, by slot.
-  const std::vector<int64_t>& experts_of(int rank) const {
-    return experts_of_[static_cast<size_t>(rank)];
-  }
+  /// Global ids of the experts of a rank, by slot. Throws ConfigError for a rank out of range.
+  const std::vector<int64_t>& experts_of(int rank) const;
   int64_t num_local_experts(int rank) const {
     return static_cast<int64_t>(experts_of(rank).size());
   }

@@ -1,0 +1,81 @@
+#include "gates/gate.h"
+
+#include <ATen/ops/bincount.h>
+#include <ATen/ops/layer_norm.h>
+
+#include <cmath>
+#include <limits>
+#include <utility>
+
+#include "gates/describe.h"
+#include "kernels/error.h"
+
+namespace perseid::gates {
+namespace {
+
+void validate_per_token(const std::optional<at::Tensor>& tensor, at::ScalarType type,
+                        int64_t num_tokens, const char* operation, const char* argument) {
+  if (!tensor.has_value()) return;
+  const bool holds = tensor->defined() && tensor->dim() == 1 && tensor->size(0) == num_tokens &&
+                     tensor->scalar_type() == type;
+  if (holds) return;
+  require(false, operation, argument, describe(*tensor),
+          "is not " + std::string(toString(type)) + "[" + to_text(num_tokens) +
+              "], one entry for each token");
+}
+
+}  // namespace
+
+Gate::Gate(std::string name, int64_t num_experts, int64_t top_k)
+    : Module(std::move(name)), num_experts_(num_experts), top_k_(top_k) {
+  const char* operation = this->name().c_str();
+  require(num_experts >= 1, operation, "num_experts", num_experts,
+          "is below 1; a gate needs an expert");
+  require(num_experts <= std::numeric_limits<int32_t>::max(), operation, "num_experts", num_experts,
+          "exceeds 2147483647");
+  const std::string choice = "choose top_k in [1, " + to_text(num_experts) + "]";
+  require(top_k >= 1, operation, "top_k", top_k, "is below 1; " + choice);
+  require(top_k <= num_experts, operation, "top_k", top_k,
+          "exceeds num_experts=" + to_text(num_experts) + "; " + choice);
+}
+
+void Gate::after_step(const GateStats& /*global_stats*/) {}
+
+at::Tensor gate_features(const at::Tensor& tokens, InputNorm norm, at::ScalarType compute_type) {
+  const at::Tensor features = tokens.to(compute_type);
+  if (norm == InputNorm::kNone) return features;
+  const int64_t D = features.size(1);
+  return at::layer_norm(features, {D}, {}, {}, 1e-5).mul(1 / std::sqrt(static_cast<double>(D)));
+}
+
+void validate(const GateInput& input, int64_t d_model, const char* operation) {
+  const at::Tensor& tokens = input.tokens;
+  if (!tokens.defined() || tokens.dim() != 2 || !tokens.is_floating_point()) {
+    require(false, operation, "tokens", describe(tokens), "is not a floating [T, D] tensor");
+  }
+  if (d_model >= 0 && tokens.size(1) != d_model) {
+    require(false, operation, "tokens", describe(tokens),
+            "has another width than d_model=" + to_text(d_model));
+  }
+  const int64_t T = tokens.size(0);
+  validate_per_token(input.keys, at::kLong, T, operation, "keys");
+  validate_per_token(input.valid, at::kBool, T, operation, "valid");
+  validate_per_token(input.sequence, at::kLong, T, operation, "sequence");
+  require(input.tokens_global >= 0, operation, "tokens_global", input.tokens_global,
+          "is negative; give the valid tokens of all ranks, or 0 for those of this call");
+  require(!std::isnan(input.progress), operation, "progress", input.progress,
+          "is not a number; give the finished share of the training, in [0, 1]");
+}
+
+GateStats count_assignments(const Routing& routing, int64_t num_experts, int64_t num_valid_tokens) {
+  GateStats stats;
+  stats.tokens_per_expert = at::bincount(routing.expert_idx, {}, num_experts);
+  stats.num_tokens = num_valid_tokens;
+  stats.num_assignments = routing.num_assignments();
+  const at::Tensor offsets = explicit_offsets(routing);
+  const at::Tensor filled = offsets.slice(0, 1).ne(offsets.slice(0, 0, -1));
+  stats.tokens_without_expert = num_valid_tokens - filled.sum().item<int64_t>();
+  return stats;
+}
+
+}  // namespace perseid::gates

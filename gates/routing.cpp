@@ -1,0 +1,195 @@
+#include "gates/routing.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/nonzero.h>
+#include <ATen/ops/repeat_interleave.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "gates/describe.h"
+#include "kernels/error.h"
+
+namespace perseid::gates {
+namespace {
+
+using at::Tensor;
+
+/// [T] lengths of the rows.
+Tensor row_lengths(const Tensor& offsets) {
+  return offsets.slice(0, 1).sub(offsets.slice(0, 0, -1));
+}
+
+/// [T+1] int32 from [T] row lengths.
+Tensor offsets_of(const Tensor& lengths) {
+  const Tensor ends = lengths.cumsum(0, at::kLong);
+  const int64_t total = ends.numel() == 0 ? 0 : ends[-1].item<int64_t>();
+  require(total <= std::numeric_limits<int32_t>::max(), "routing", "num_assignments", total,
+          "exceeds 2147483647; split the batch");
+  return at::cat({at::zeros({1}, ends.options()), ends}).to(at::kInt);
+}
+
+/// [A] int64 token of each assignment.
+Tensor token_of_assignment(const Routing& routing) {
+  const Tensor offsets = explicit_offsets(routing).to(at::kLong);
+  return at::repeat_interleave(row_lengths(offsets), routing.num_assignments());
+}
+
+/// Sort key of weights: NaN goes last, whatever its position.
+Tensor sort_key(const Tensor& weights) {
+  const Tensor values = weights.detach();
+  return at::where(values.isnan(), -std::numeric_limits<double>::infinity(), values);
+}
+
+Tensor as_gate_weights(const Tensor& weights) {
+  return weights.scalar_type() == at::kDouble ? weights : weights.to(at::kFloat);
+}
+
+}  // namespace
+
+Routing routing_from_table(const Tensor& expert_idx, const Tensor& weights, int64_t num_experts) {
+  constexpr const char* kOperation = "routing_from_table";
+  require(expert_idx.defined() && expert_idx.dim() == 2 &&
+              at::isIntegralType(expert_idx.scalar_type(), /*includeBool=*/false),
+          kOperation, "expert_idx", describe(expert_idx), "is not an integer [T, K] table");
+  require(weights.defined() && weights.sizes() == expert_idx.sizes() && weights.is_floating_point(),
+          kOperation, "weights", describe(weights),
+          "is not a floating table of the shape of expert_idx=" + describe(expert_idx));
+  const int64_t K = expert_idx.size(1);
+  require(K >= 1 && K <= num_experts, kOperation, "expert_idx", describe(expert_idx),
+          "has K outside [1, num_experts=" + to_text(num_experts) + "]");
+
+  // By id, then stably by weight: equal weights stay in the order of ids.
+  const auto [ids, by_id] = at::sort(expert_idx.to(at::kLong), /*dim=*/1);
+  if (ids.numel() > 0) {
+    const int64_t smallest = ids.min().item<int64_t>();
+    const int64_t largest = ids.max().item<int64_t>();
+    require(smallest >= 0 && largest < num_experts, kOperation, "expert_idx",
+            smallest < 0 ? smallest : largest,
+            "is outside [0, num_experts=" + to_text(num_experts) + ")");
+    require(!ids.slice(1, 1).eq(ids.slice(1, 0, -1)).any().item<bool>(), kOperation, "expert_idx",
+            describe(expert_idx), "has an expert twice in a row; merge the two by adding weights");
+  }
+  const Tensor by_weight = std::get<1>(at::sort(sort_key(weights).gather(1, by_id),
+                                                /*stable=*/true, /*dim=*/1, /*descending=*/true));
+  const Tensor order = by_id.gather(1, by_weight);
+
+  Routing routing;
+  routing.num_tokens = expert_idx.size(0);
+  routing.top_k = K;
+  routing.expert_idx = expert_idx.gather(1, order).to(at::kInt).reshape({-1});
+  routing.weights = as_gate_weights(weights).gather(1, order).reshape({-1});
+  return routing;
+}
+
+Routing routing_from_dense(const Tensor& weights) {
+  require(weights.defined() && weights.dim() == 2 && weights.is_floating_point(),
+          "routing_from_dense", "weights", describe(weights), "is not a floating [T, E] table");
+  const Tensor experts =
+      std::get<1>(at::sort(sort_key(weights), /*stable=*/true, /*dim=*/1, /*descending=*/true));
+  const Tensor values = weights.detach().gather(1, experts);
+  const Tensor kept = values.gt(0).logical_or_(values.isnan());
+  // Positions of the kept pairs in the table, in the order of tokens and choices.
+  const Tensor rows = at::arange(weights.size(0), experts.options()).mul_(weights.size(1));
+  const Tensor position = experts.add(rows.unsqueeze(1)).masked_select(kept);
+
+  Routing routing;
+  routing.num_tokens = weights.size(0);
+  routing.token_offsets = offsets_of(kept.sum(1));
+  routing.expert_idx = experts.masked_select(kept).to(at::kInt);
+  routing.weights = as_gate_weights(weights).reshape({-1}).index_select(0, position);
+  return routing;
+}
+
+Routing without_invalid(const Routing& routing, const Tensor& valid) {
+  require(valid.defined() && valid.dim() == 1 && valid.scalar_type() == at::kBool &&
+              valid.size(0) == routing.num_tokens,
+          "without_invalid", "valid", describe(valid),
+          "is not bool[num_tokens=" + to_text(routing.num_tokens) + "]");
+  if (valid.all().item<bool>()) return routing;
+  const Tensor offsets = explicit_offsets(routing);
+  const Tensor lengths = row_lengths(offsets);
+  const Tensor kept_pair = at::repeat_interleave(lengths.to(at::kLong), routing.num_assignments());
+  // int32: the index is kept for the backward.
+  const Tensor kept = at::nonzero(valid.index_select(0, kept_pair)).squeeze(1).to(at::kInt);
+
+  Routing result = routing;
+  result.top_k = 0;
+  result.token_offsets = offsets_of(lengths.mul(valid));
+  result.expert_idx = routing.expert_idx.index_select(0, kept);
+  result.weights = routing.weights.index_select(0, kept);
+  return result;
+}
+
+Tensor explicit_offsets(const Routing& routing) {
+  if (routing.top_k == 0) return routing.token_offsets;
+  const int64_t total = routing.num_tokens * routing.top_k;
+  require(total <= std::numeric_limits<int32_t>::max(), "routing", "num_assignments", total,
+          "exceeds 2147483647; split the batch");
+  return at::arange(0, total + 1, routing.top_k, routing.expert_idx.options().dtype(at::kInt));
+}
+
+Tensor dense_weights(const Routing& routing, int64_t num_experts) {
+  const Tensor position = token_of_assignment(routing).mul_(num_experts).add_(routing.expert_idx);
+  return at::zeros({routing.num_tokens * num_experts}, routing.weights.options())
+      .scatter(0, position, routing.weights)
+      .view({routing.num_tokens, num_experts});
+}
+
+void validate(const Routing& routing, int64_t num_experts, const char* operation) {
+  const int64_t T = routing.num_tokens;
+  const auto is_vector = [](const Tensor& tensor) { return tensor.defined() && tensor.dim() == 1; };
+  require(T >= 0, operation, "num_tokens", T, "is negative");
+  require(is_vector(routing.expert_idx) && routing.expert_idx.scalar_type() == at::kInt, operation,
+          "expert_idx", describe(routing.expert_idx), "is not int32 [A]");
+  const int64_t A = routing.num_assignments();
+  require(is_vector(routing.weights) && routing.weights.size(0) == A &&
+              (routing.weights.scalar_type() == at::kFloat ||
+               routing.weights.scalar_type() == at::kDouble),
+          operation, "weights", describe(routing.weights),
+          "is not float32 or float64 [A=" + to_text(A) + "]");
+  require(routing.top_k >= 0 && routing.top_k <= num_experts, operation, "top_k", routing.top_k,
+          "is outside [0, num_experts=" + to_text(num_experts) + "]");
+  if (routing.top_k > 0) {
+    require(!routing.token_offsets.defined(), operation, "token_offsets",
+            describe(routing.token_offsets),
+            "is defined with top_k=" + to_text(routing.top_k) + "; leave one of them out");
+    require(A == T * routing.top_k, operation, "expert_idx", describe(routing.expert_idx),
+            "is not num_tokens * top_k = " + to_text(T * routing.top_k) + " long");
+  } else {
+    require(is_vector(routing.token_offsets) && routing.token_offsets.scalar_type() == at::kInt &&
+                routing.token_offsets.size(0) == T + 1,
+            operation, "token_offsets", describe(routing.token_offsets),
+            "is not int32 [num_tokens + 1 = " + to_text(T + 1) + "]");
+  }
+
+  const Tensor offsets = explicit_offsets(routing).cpu().contiguous();
+  const Tensor experts = routing.expert_idx.cpu().contiguous();
+  const int32_t* offset = offsets.const_data_ptr<int32_t>();
+  const int32_t* expert = experts.const_data_ptr<int32_t>();
+  require(offset[0] == 0 && offset[T] == A, operation, "token_offsets",
+          to_text(offset[0]) + ".." + to_text(offset[T]),
+          "must run from 0 to the " + to_text(A) + " assignments");
+  std::vector<int64_t> last_token(static_cast<size_t>(num_experts), -1);
+  for (int64_t t = 0; t < T; ++t) {
+    require(
+        offset[t] <= offset[t + 1] && offset[t + 1] <= A, operation, "token_offsets", offset[t + 1],
+        "is not between " + to_text(offset[t]) + " and " + to_text(A) + " at token " + to_text(t));
+    for (int64_t a = offset[t]; a < offset[t + 1]; ++a) {
+      require(expert[a] >= 0 && expert[a] < num_experts, operation, "expert_idx", expert[a],
+              "is outside [0, num_experts=" + to_text(num_experts) + ") at token " + to_text(t));
+      int64_t& last = last_token[static_cast<size_t>(expert[a])];
+      require(last != t, operation, "expert_idx", expert[a],
+              "is twice in the row of token " + to_text(t));
+      last = t;
+    }
+  }
+}
+
+}  // namespace perseid::gates

@@ -1,0 +1,66 @@
+#pragma once
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels/dtype.h"
+#include "kernels/simd.h"
+
+// Loops over bfloat16 vectorise badly when they hold more than a few operands, as each lane changes
+// its width. So such a loop works on float32 tiles in the first-level cache, and these functions
+// convert at its edges; for float and double they do nothing. Private to this folder.
+
+namespace perseid::kernels {
+
+/// Columns of one tile.
+inline constexpr int64_t kTileMax = 256;
+
+/// Does T need tiles, because arithmetic is done in another type?
+template <typename T>
+inline constexpr bool kIsConverted = !std::is_same_v<T, Accumulate<T>>;
+
+/// Room for one tile of a row of T.
+template <typename T>
+struct Tile {};
+template <>
+struct Tile<BFloat16> {
+  alignas(64) float values[kTileMax];
+};
+
+/// The `count` values at `source` in the type of the arithmetic.
+template <typename T>
+PERSEID_INLINE const T* read_tile(const T* source, int64_t, Tile<T>&) {
+  return source;
+}
+PERSEID_INLINE const float* read_tile(const BFloat16* source, int64_t count, Tile<BFloat16>& tile) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) tile.values[i] = to_float(source[i]);
+  return tile.values;
+}
+
+/// Where a loop writes what write_tile then moves to `target`.
+template <typename T>
+PERSEID_INLINE T* begin_tile(T* target, Tile<T>&) {
+  return target;
+}
+PERSEID_INLINE float* begin_tile(BFloat16*, Tile<BFloat16>& tile) { return tile.values; }
+
+template <typename T>
+PERSEID_INLINE void write_tile(T*, int64_t, const Tile<T>&) {}
+PERSEID_INLINE void write_tile(BFloat16* target, int64_t count, const Tile<BFloat16>& tile) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) target[i] = to_bfloat16(tile.values[i]);
+}
+
+/// Asks for the cache lines of values that are needed soon; addresses past the end do no harm.
+template <typename T>
+PERSEID_INLINE void prefetch_for_read(const T* values, int64_t count) {
+  constexpr auto kPerLine = static_cast<int64_t>(64 / sizeof(T));
+  for (int64_t i = 0; i < count; i += kPerLine) __builtin_prefetch(values + i, 0);
+}
+template <typename T>
+PERSEID_INLINE void prefetch_for_write(const T* values, int64_t count) {
+  constexpr auto kPerLine = static_cast<int64_t>(64 / sizeof(T));
+  for (int64_t i = 0; i < count; i += kPerLine) __builtin_prefetch(values + i, 1);
+}
+
+}  // namespace perseid::kernels

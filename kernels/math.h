@@ -1,0 +1,74 @@
+#pragma once
+#include <bit>
+#include <cmath>
+#include <cstdint>
+
+#include "kernels/simd.h"
+
+// Elementary functions that vectorise when they are inlined into a loop: no branches, no tables, no
+// calls. Those for double call the standard library; double is there for gradient tests.
+
+namespace perseid::kernels {
+
+/// e^x, within 2 units in the last place, subnormal results included. Saturates to 0 and inf; NaN
+/// stays NaN.
+PERSEID_INLINE float exp_of(float x) {
+  constexpr float kLog2E = 0x1.715476p+0f;
+  constexpr float kLn2High = 0x1.62E4p-1f;  // 16 bits, so that n * kLn2High is exact
+  constexpr float kLn2Low = 1.42860682030941723e-6f;
+  constexpr float kRound = 0x1.8p+23f;  // adding it leaves the nearest integer in the low bits
+  // Comparisons in this form keep NaN.
+  const float high = x > 89.0f ? 89.0f : x;
+  const float clamped = high < -104.0f ? -104.0f : high;
+  const float shifted = clamped * kLog2E + kRound;
+  const uint32_t n = std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kRound);
+  const float rounded = shifted - kRound;
+  const float r = (clamped - rounded * kLn2High) - rounded * kLn2Low;
+  float p = 0.0013926400479735911f;
+  p = p * r + 0.008363352682556844f;
+  p = p * r + 0.041666553310799825f;
+  p = p * r + 0.16666575943917977f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + r + 1.0f;
+  // 2^n in two factors: n reaches from -150 to 128, more than one exponent field holds.
+  const uint32_t half = static_cast<uint32_t>(static_cast<int32_t>(n) >> 1);
+  const float first = std::bit_cast<float>((half + 127u) << 23);
+  const float second = std::bit_cast<float>((n - half + 127u) << 23);
+  return p * first * second;
+}
+PERSEID_INLINE double exp_of(double x) { return std::exp(x); }
+
+PERSEID_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_of(-x)); }
+PERSEID_INLINE double sigmoid(double x) { return 1.0 / (1.0 + exp_of(-x)); }
+
+/// Distribution function and density of the standard normal distribution at one point.
+template <typename A>
+struct Normal {
+  A cdf;
+  A density;
+};
+
+/// cdf(-a) = e^(-a^2/2) t P(t) with t = 1/(1 + 0.32 a): P is a Chebyshev fit, good to 6e-8 relative,
+/// so the lower tail keeps its relative accuracy; 1 - cdf(-a) gives the upper half.
+PERSEID_INLINE Normal<float> normal(float x) {
+  const float a = std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu);
+  const float e = exp_of(-0.5f * (x * x));
+  const float t = 1.0f / (1.0f + 0.32f * a);
+  float p = -0.021623132350305243f;
+  p = p * t + 0.09793521525111828f;
+  p = p * t - 0.1516076950519903f;
+  p = p * t + 0.07046826119133984f;
+  p = p * t - 0.012533999182605636f;
+  p = p * t + 0.05979932619484442f;
+  p = p * t + 0.08759353037422629f;
+  p = p * t + 0.11464702820291628f;
+  p = p * t + 0.12765991008967922f;
+  p = p * t + 0.12766153768853963f;
+  const float tail = e * (t * p);
+  return {x < 0.0f ? tail : 1.0f - tail, e * 0.3989422804014327f};
+}
+PERSEID_INLINE Normal<double> normal(double x) {
+  return {0.5 * std::erfc(-x * 0.70710678118654752440), std::exp(-0.5 * x * x) * 0.3989422804014327};
+}
+
+}  // namespace perseid::kernels

@@ -1,0 +1,167 @@
+// select_k: radix select on ordered integer keys, 11 bits a pass, highest first: 3 passes over float32,
+// 6 over float64, fewer if a pass ends between two values; then one pass that marks. Reads the values
+// in each pass, writes count bytes. Integer counts of fixed blocks: deterministic for any thread count.
+#include "kernels/select.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <mutex>
+#include <numeric>
+#include <vector>
+
+#include "kernels/checks.h"
+#include "kernels/ordered_key.h"
+#include "kernels/parallel.h"
+#include "kernels/simd.h"
+
+namespace perseid::kernels {
+namespace {
+
+constexpr int64_t kValuesPerBlock = int64_t{1} << 16;
+constexpr int kDigitBits = 11;
+constexpr int64_t kDigits = int64_t{1} << kDigitBits;
+
+void check(const void* values, int64_t count, int64_t k, const uint8_t* is_kept) {
+  constexpr const char* kOperation = "select_k";
+  require_count(kOperation, "count", count);
+  require_count(kOperation, "k", k);
+  require_buffer(kOperation, "values", values, count);
+  require_buffer(kOperation, "is_kept", is_kept, count);
+}
+
+/// The keys seen so far to be at the limit: those with key >> shift == prefix. Keys above are kept,
+/// and `num_needed` of those at the limit.
+template <typename Key>
+struct Limit {
+  Key prefix = 0;
+  int shift = std::numeric_limits<Key>::digits;
+  int64_t num_needed = 0;
+  int64_t num_at_limit = 0;
+};
+
+/// key >> shift for shifts up to the full width, where a search starts.
+template <typename Key>
+PERSEID_INLINE Key high_bits(Key key, int shift) {
+  return shift == std::numeric_limits<Key>::digits ? Key{0} : key >> shift;
+}
+
+template <typename T>
+void count_digits(const T* values, int64_t begin, int64_t end, const Limit<UnsignedKey<T>>& limit,
+                  int next_shift, int64_t* histogram) {
+  const UnsignedKey<T> digit_mask = (UnsignedKey<T>{1} << (limit.shift - next_shift)) - 1;
+  for (int64_t i = begin; i < end; ++i) {
+    const UnsignedKey<T> key = unsigned_key(values[i]);
+    if (high_bits(key, limit.shift) == limit.prefix) ++histogram[(key >> next_shift) & digit_mask];
+  }
+}
+
+/// Marks keys above the limit; of those at it the first `num_at_limit` of this range.
+template <typename T>
+PERSEID_SIMD_CLONES void mark(const T* values, int64_t begin, int64_t end, UnsignedKey<T> prefix,
+                              int shift, int64_t num_at_limit, uint8_t* is_kept) {
+  const bool are_all_kept = num_at_limit >= end - begin;
+  const UnsignedKey<T> lowest = prefix + (are_all_kept ? 0 : 1);
+#pragma omp simd
+  for (int64_t i = begin; i < end; ++i) {
+    is_kept[i] = static_cast<uint8_t>((unsigned_key(values[i]) >> shift) >= lowest);
+  }
+  if (are_all_kept) return;
+  for (int64_t i = begin; i < end && num_at_limit > 0; ++i) {
+    if ((unsigned_key(values[i]) >> shift) == prefix) {
+      is_kept[i] = 1;
+      --num_at_limit;
+    }
+  }
+}
+
+template <typename T>
+void select_values(const T* values, int64_t count, int64_t k, uint8_t* is_kept) {
+  using Key = UnsignedKey<T>;
+  const int64_t num_blocks = ceil_div(count, kValuesPerBlock);
+  const auto for_each_block = [&](const std::function<void(int64_t, int64_t, int64_t)>& body) {
+    parallel_for(0, num_blocks, 1, [&](int64_t block_begin, int64_t block_end) {
+      for (int64_t block = block_begin; block < block_end; ++block) {
+        body(block, block * kValuesPerBlock, std::min((block + 1) * kValuesPerBlock, count));
+      }
+    });
+  };
+
+  Limit<Key> limit;
+  limit.num_needed = k;
+  limit.num_at_limit = count;
+  // One histogram per block would outgrow the values, so the sum of a thread's blocks is added up.
+  std::vector<int64_t> histogram(kDigits);
+  std::mutex histogram_mutex;
+  while (limit.shift > 0 && limit.num_needed < limit.num_at_limit) {
+    const int next_shift = std::max(0, limit.shift - kDigitBits);
+    std::fill(histogram.begin(), histogram.end(), 0);
+    parallel_for(0, num_blocks, 1, [&](int64_t block_begin, int64_t block_end) {
+      std::vector<int64_t> mine(kDigits, 0);
+      count_digits(values, block_begin * kValuesPerBlock,
+                   std::min(block_end * kValuesPerBlock, count), limit, next_shift, mine.data());
+      const std::lock_guard<std::mutex> lock(histogram_mutex);
+      for (int64_t digit = 0; digit < kDigits; ++digit) histogram[digit] += mine[digit];
+    });
+    int64_t digit = kDigits - 1;
+    while (histogram[digit] < limit.num_needed) limit.num_needed -= histogram[digit--];
+    limit.num_at_limit = histogram[digit];
+    limit.prefix = (limit.prefix << (limit.shift - next_shift)) | static_cast<Key>(digit);
+    limit.shift = next_shift;
+  }
+
+  // Values at the limit are taken by smaller index: each block learns how many are left for it.
+  std::vector<int64_t> share(static_cast<size_t>(num_blocks), kValuesPerBlock);
+  if (limit.num_needed < limit.num_at_limit) {
+    for_each_block([&](int64_t block, int64_t begin, int64_t end) {
+      share[block] = std::count_if(values + begin, values + end, [&](T value) {
+        return (unsigned_key(value) >> limit.shift) == limit.prefix;
+      });
+    });
+    int64_t num_left = limit.num_needed;
+    for (int64_t& at_limit : share) {
+      at_limit = std::min(at_limit, num_left);
+      num_left -= at_limit;
+    }
+  }
+  for_each_block([&](int64_t block, int64_t begin, int64_t end) {
+    mark(values, begin, end, limit.prefix, limit.shift, share[block], is_kept);
+  });
+}
+
+}  // namespace
+
+void select_k(const void* values, int64_t count, int64_t k, DType dtype, uint8_t* is_kept,
+              Stream stream) {
+  require_device(stream, "select_k");
+  check(values, count, k, is_kept);
+  dispatch_float_dtype(dtype, "select_k", [&](auto tag) {
+    using T = decltype(tag);
+    if (k == 0 || k >= count) {
+      std::fill(is_kept, is_kept + count, static_cast<uint8_t>(k > 0));
+    } else {
+      select_values(static_cast<const T*>(values), count, k, is_kept);
+    }
+  });
+}
+
+void select_k_reference(const void* values, int64_t count, int64_t k, DType dtype,
+                        uint8_t* is_kept) {
+  check(values, count, k, is_kept);
+  dispatch_float_dtype(dtype, "select_k", [&](auto tag) {
+    using T = decltype(tag);
+    const auto value_at = [&](int64_t i) {
+      const T value = static_cast<const T*>(values)[i];
+      return std::isnan(value) ? -std::numeric_limits<T>::infinity() : value;
+    };
+    std::vector<int64_t> by_value(static_cast<size_t>(count));
+    std::iota(by_value.begin(), by_value.end(), 0);
+    std::stable_sort(by_value.begin(), by_value.end(),
+                     [&](int64_t a, int64_t b) { return value_at(a) > value_at(b); });
+    std::fill(is_kept, is_kept + count, uint8_t{0});
+    for (int64_t i = 0; i < std::min(k, count); ++i) is_kept[by_value[i]] = 1;
+  });
+}
+
+}  // namespace perseid::kernels

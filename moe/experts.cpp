@@ -1,0 +1,47 @@
+#include "moe/experts.h"
+
+#include "kernels/error.h"
+#include "moe/tensor_types.h"
+#include "moe/threads.h"
+
+namespace perseid {
+
+Experts::Experts(std::string name, std::vector<int64_t> expert_ids, int64_t d_in, int64_t d_out)
+    : torch::nn::Module(std::move(name)),
+      expert_ids_(std::move(expert_ids)),
+      d_in_(d_in),
+      d_out_(d_out) {
+  const char* operation = this->name().c_str();
+  require(d_in_ >= 1, operation, "d_in", d_in_, "must be at least 1");
+  require(d_out_ >= 1, operation, "d_out", d_out_, "must be at least 1");
+  for (size_t slot = 0; slot < expert_ids_.size(); ++slot) {
+    const std::string argument = "expert_ids[" + to_text(slot) + "]";
+    require(expert_ids_[slot] >= 0, operation, argument.c_str(), expert_ids_[slot],
+            "must be at least 0");
+    require(slot == 0 || expert_ids_[slot] > expert_ids_[slot - 1], operation, argument.c_str(),
+            expert_ids_[slot], "must be larger than the id before it; sort the ids, each once");
+  }
+  use_libtorch_threads();
+}
+
+void Experts::require_inputs(const at::Tensor& rows, const at::Tensor& weights,
+                             const LocalPlan& plan) const {
+  const char* operation = name().c_str();
+  dtype_of(rows, operation);  // throws for others
+  require(rows.dim() == 2 && rows.size(1) == d_in_, operation, "rows", rows.sizes(),
+          "must be [N, d_in] with d_in=" + to_text(d_in_));
+  require(rows.size(0) == plan.num_rows, operation, "rows", rows.sizes(),
+          "differs from num_rows=" + to_text(plan.num_rows) + " of the plan");
+  require(weights.dim() == 2 && weights.size(0) == plan.num_assignments && weights.size(1) >= 1,
+          operation, "weights", weights.sizes(),
+          "must be [R, G] with R=" + to_text(plan.num_assignments) +
+              " assignments of the plan and G >= 1 gates");
+  require(weights.scalar_type() == weight_type(rows), operation, "weights.dtype",
+          weights.scalar_type(),
+          "must be " + to_text(weight_type(rows)) + " for rows of " + to_text(rows.scalar_type()));
+  require(plan.num_local_experts() == num_local_experts(), operation, "plan experts",
+          plan.num_local_experts(),
+          "differs from the " + to_text(num_local_experts()) + " experts of this rank");
+}
+
+}  // namespace perseid

@@ -1,0 +1,442 @@
+#include "moe/grouped_mlp.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mv.h>
+#include <ATen/ops/sum.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <cmath>
+
+#include "kernels/error.h"
+#include "kernels/permute.h"
+#include "kernels/random.h"
+#include "moe/segments.h"
+#include "moe/tensor_types.h"
+#include "moe/threads.h"
+
+namespace perseid {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+using PlanPtr = std::shared_ptr<const RoutingPlan>;
+
+struct PlanHolder : torch::CustomClassHolder {
+  explicit PlanHolder(PlanPtr plan_) : plan(std::move(plan_)) {}
+  PlanPtr plan;
+};
+
+void keep(AutogradContext* ctx, const PlanPtr& plan) {
+  ctx->saved_data["plan"] = c10::IValue::make_capsule(c10::make_intrusive<PlanHolder>(plan));
+}
+PlanPtr kept(AutogradContext* ctx) {
+  return c10::static_intrusive_pointer_cast<PlanHolder>(ctx->saved_data["plan"].toCapsule())->plan;
+}
+
+/// Rows of a segment, gathered: scratch[i] = rows[row_of[begin + i]].
+at::Tensor gathered(const at::Tensor& rows, const at::Tensor& row_of, const Segment& segment,
+                    Scratch& scratch, size_t slot) {
+  at::Tensor out = scratch.rows(slot, segment.num_rows(), rows.size(1), rows.options());
+  kernels::permute(data_of(rows), int32_data(row_of) + segment.begin, mutable_data_of(out),
+                   segment.num_rows(), rows.size(1) * rows.element_size());
+  return out;
+}
+
+/// The reverse: rows of a segment to their places in a buffer by assignment.
+void scattered(const at::Tensor& segment_rows, const at::Tensor& order, const Segment& segment,
+               at::Tensor& out) {
+  kernels::unpermute(data_of(segment_rows), int32_data(order) + segment.begin,
+                     mutable_data_of(out), segment.num_rows(),
+                     out.size(1) * out.element_size());
+}
+
+/// out = a b + bias, bias may be undefined.
+void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b,
+             const at::Tensor& bias = {}) {
+  if (bias.defined()) {
+    at::addmm_out(out, bias, a, b);
+  } else {
+    at::mm_out(out, a, b);
+  }
+}
+
+at::Tensor expert_part(const at::Tensor& stacked, int64_t expert) {
+  return stacked.defined() ? stacked.select(0, expert) : at::Tensor();
+}
+
+/// Values by assignment put in sorted order, and back.
+at::Tensor to_sorted(const at::Tensor& values, const LocalPlan& plan) {
+  at::Tensor sorted = at::empty_like(values);
+  kernels::permute(data_of(values), int32_data(plan.order), mutable_data_of(sorted),
+                   plan.num_assignments, values.size(1) * values.element_size());
+  return sorted;
+}
+at::Tensor from_sorted(const at::Tensor& sorted, const LocalPlan& plan) {
+  at::Tensor values = at::empty_like(sorted);
+  kernels::unpermute(data_of(sorted), int32_data(plan.order), mutable_data_of(values),
+                     plan.num_assignments, sorted.size(1) * sorted.element_size());
+  return values;
+}
+
+/// Sum of each row's assignments, weighted or not. With one assignment per row and no weights it is
+/// the buffer itself.
+at::Tensor reduced(const at::Tensor& by_assignment, const at::Tensor& weights,
+                   const LocalPlan& plan) {
+  if (!weights.defined() && plan.fixed == 1) return by_assignment;
+  const int64_t num_gates = weights.defined() ? weights.size(1) : 1;
+  const int64_t width = by_assignment.size(1);
+  at::Tensor out = at::empty({plan.num_rows, num_gates * width}, by_assignment.options());
+  kernels::combine(data_of(by_assignment), plan.by_row(), data_of(weights), num_gates,
+                   mutable_data_of(out), plan.num_rows, width, dtype_of(out, "experts"));
+  return out;
+}
+
+/// Gradient by assignment of the weighted sum: sum over gates of weights[a, g] * grad_out[n, g].
+at::Tensor expanded(const at::Tensor& grad_out, const at::Tensor& weights, const LocalPlan& plan,
+                    int64_t width) {
+  at::Tensor out = at::empty({plan.num_assignments, width}, grad_out.options());
+  kernels::combine_backward(data_of(grad_out), nullptr, plan.by_row(), data_of(weights),
+                            weights.size(1), mutable_data_of(out), nullptr, plan.num_rows, width,
+                            dtype_of(grad_out, "experts"));
+  return out;
+}
+
+/// Gradient of the weights: <grad_out[n, g], y[a]>.
+at::Tensor weight_gradient(const at::Tensor& grad_out, const at::Tensor& by_assignment,
+                           const at::Tensor& weights, const LocalPlan& plan) {
+  at::Tensor out = at::empty_like(weights);
+  kernels::combine_backward(data_of(grad_out), data_of(by_assignment), plan.by_row(),
+                            data_of(weights), weights.size(1), nullptr, mutable_data_of(out),
+                            plan.num_rows, by_assignment.size(1), dtype_of(grad_out, "experts"));
+  return out;
+}
+
+StackedGradient wanted_gradient(bool wanted, const at::Tensor& parameter,
+                                const std::vector<Segment>& segments) {
+  return wanted && parameter.defined() ? StackedGradient(parameter, segments) : StackedGradient();
+}
+
+/// The two-layer experts. With one gate the routing weight is applied to the activation, so its
+/// gradient needs no expert output; with several the outputs are formed once more in the backward.
+struct MlpFunction : torch::autograd::Function<MlpFunction> {
+  enum Input { kRows, kWeights, kUp, kUpBias, kDown, kDownBias };
+
+  static Variable forward(AutogradContext* ctx, const Variable& rows_in,
+                          const Variable& weights_in, const Variable& up, const Variable& up_bias,
+                          const Variable& down, const Variable& down_bias,
+                          kernels::Activation activation, bool gated, const PlanPtr& plan) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const at::Tensor rows = rows_in.contiguous();
+    const at::Tensor weights = weights_in.contiguous();
+    const LocalPlan& local = plan->local;
+    const kernels::DType dtype = dtype_of(rows, "grouped_mlp");
+    const int64_t d_ff = down.size(2);
+    const at::Tensor row_of = local.row_of_sorted();
+    const bool weight_inside = weights.size(1) == 1;
+    const at::Tensor sorted = weight_inside ? to_sorted(weights, local) : at::Tensor();
+    at::Tensor pre = at::empty({local.num_assignments, up.size(1)}, rows.options());
+    at::Tensor out = at::empty({local.num_assignments, down.size(1)}, rows.options());
+
+    for_each_segment(make_segments(local), [&](const Segment& segment, Scratch& scratch) {
+      const int64_t n = segment.num_rows();
+      const at::Tensor x = gathered(rows, row_of, segment, scratch, 0);
+      const at::Tensor pre_rows = pre.narrow(0, segment.begin, n);
+      product(pre_rows, x, up.select(0, segment.expert).t(), expert_part(up_bias, segment.expert));
+      const at::Tensor scale = weight_inside ? sorted.narrow(0, segment.begin, n) : at::Tensor();
+      at::Tensor act = scratch.rows(1, n, d_ff, rows.options());
+      kernels::activation_forward({n, d_ff, activation, gated}, dtype, data_of(pre_rows),
+                                  data_of(scale), mutable_data_of(act));
+      at::Tensor y = scratch.rows(0, n, down.size(1), rows.options());
+      product(y, act, down.select(0, segment.expert).t(),
+              weight_inside ? at::Tensor() : expert_part(down_bias, segment.expert));
+      if (weight_inside && down_bias.defined()) {
+        y.addmm_(scale.to(y.scalar_type()), down_bias.narrow(0, segment.expert, 1));
+      }
+      scattered(y, local.order, segment, out);
+    });
+
+    ctx->save_for_backward({rows, weights, up, up_bias, down, down_bias, pre});
+    ctx->saved_data["activation"] = static_cast<int64_t>(activation);
+    ctx->saved_data["gated"] = gated;
+    keep(ctx, plan);
+    return reduced(out, weight_inside ? at::Tensor() : weights, local);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &rows = saved[kRows], &weights = saved[kWeights], &up = saved[kUp],
+                     &up_bias = saved[kUpBias], &down = saved[kDown],
+                     &down_bias = saved[kDownBias], &pre = saved[kDownBias + 1];
+    const auto activation =
+        static_cast<kernels::Activation>(ctx->saved_data["activation"].toInt());
+    const bool gated = ctx->saved_data["gated"].toBool();
+    const PlanPtr plan = kept(ctx);
+    const LocalPlan& local = plan->local;
+    const kernels::DType dtype = dtype_of(rows, "grouped_mlp");
+    const int64_t d_ff = down.size(2), d_out = down.size(1);
+    const bool weight_inside = weights.size(1) == 1;
+    const bool wants_rows = ctx->needs_input_grad(kRows);
+    const bool wants_weights = ctx->needs_input_grad(kWeights);
+
+    const at::Tensor grad_out = grads[0].contiguous();
+    const at::Tensor row_of = local.row_of_sorted();
+    const at::Tensor sorted = weight_inside ? to_sorted(weights, local) : at::Tensor();
+    const at::Tensor grad_y =
+        weight_inside ? at::Tensor() : expanded(grad_out, weights, local, d_out);
+    at::Tensor grad_sorted = weight_inside && wants_weights ? at::empty_like(sorted) : at::Tensor();
+    at::Tensor y_all = !weight_inside && wants_weights
+                           ? at::empty({local.num_assignments, d_out}, rows.options())
+                           : at::Tensor();
+    at::Tensor grad_x =
+        wants_rows ? at::empty({local.num_assignments, rows.size(1)}, rows.options())
+                   : at::Tensor();
+
+    const std::vector<Segment> segments = make_segments(local);
+    StackedGradient grad_up = wanted_gradient(ctx->needs_input_grad(kUp), up, segments);
+    StackedGradient grad_up_bias =
+        wanted_gradient(ctx->needs_input_grad(kUpBias), up_bias, segments);
+    StackedGradient grad_down = wanted_gradient(ctx->needs_input_grad(kDown), down, segments);
+    StackedGradient grad_down_bias =
+        wanted_gradient(ctx->needs_input_grad(kDownBias), down_bias, segments);
+
+    for_each_segment(segments, [&](const Segment& segment, Scratch& scratch) {
+      const int64_t n = segment.num_rows(), e = segment.expert;
+      const at::Tensor pre_rows = pre.narrow(0, segment.begin, n);
+      const at::Tensor g = weight_inside
+                               ? gathered(grad_out, row_of, segment, scratch, 0)
+                               : gathered(grad_y, local.order, segment, scratch, 0);
+      const at::Tensor scale = weight_inside ? sorted.narrow(0, segment.begin, n) : at::Tensor();
+      at::Tensor grad_act = scratch.rows(1, n, d_ff, rows.options());
+      product(grad_act, g, down.select(0, e));
+      at::Tensor grad_pre = scratch.rows(2, n, up.size(1), rows.options());
+      at::Tensor grad_scale =
+          grad_sorted.defined() ? grad_sorted.narrow(0, segment.begin, n) : at::Tensor();
+      kernels::activation_backward({n, d_ff, activation, gated}, dtype, data_of(pre_rows),
+                                   data_of(scale), data_of(grad_act), mutable_data_of(grad_pre),
+                                   mutable_data_of(grad_act), mutable_data_of(grad_scale));
+      const at::Tensor& act = grad_act;  // now weights * act(pre)
+      if (grad_down.wanted()) product(grad_down.part(segment), g.t(), act);
+      if (weight_inside && down_bias.defined()) {
+        if (grad_scale.defined()) {
+          grad_scale.add_(at::mv(g, down_bias.select(0, e)).unsqueeze(1));
+        }
+        if (grad_down_bias.wanted()) {
+          grad_down_bias.part(segment).copy_(
+              at::mv(g.t(), scale.select(1, 0).to(g.scalar_type())));
+        }
+      } else if (grad_down_bias.wanted()) {
+        grad_down_bias.part(segment).copy_(g.sum(0));
+      }
+      if (y_all.defined()) {
+        at::Tensor y = scratch.rows(0, n, d_out, rows.options());  // g is used up
+        product(y, act, down.select(0, e).t(), expert_part(down_bias, e));
+        scattered(y, local.order, segment, y_all);
+      }
+      if (grad_up.wanted()) {
+        const at::Tensor x = gathered(rows, row_of, segment, scratch, 3);
+        product(grad_up.part(segment), grad_pre.t(), x);
+      }
+      if (grad_up_bias.wanted()) grad_up_bias.part(segment).copy_(grad_pre.sum(0));
+      if (wants_rows) {
+        at::Tensor dx = scratch.rows(3, n, rows.size(1), rows.options());
+        product(dx, grad_pre, up.select(0, e));
+        scattered(dx, local.order, segment, grad_x);
+      }
+    });
+
+    at::Tensor grad_weights;
+    if (grad_sorted.defined()) grad_weights = from_sorted(grad_sorted, local);
+    if (y_all.defined()) grad_weights = weight_gradient(grad_out, y_all, weights, local);
+    return {wants_rows ? reduced(grad_x, {}, local) : at::Tensor(),
+            grad_weights,
+            grad_up.finish(),
+            grad_up_bias.finish(),
+            grad_down.finish(),
+            grad_down_bias.finish(),
+            {},
+            {},
+            {}};
+  }
+};
+
+/// The linear experts: y = W x + b, weighted in the reduction. The backward forms y once more.
+struct LinearFunction : torch::autograd::Function<LinearFunction> {
+  enum Input { kRows, kWeights, kMatrix, kBias };
+
+  static at::Tensor outputs(const at::Tensor& rows, const at::Tensor& matrix,
+                            const at::Tensor& bias, const LocalPlan& local) {
+    const at::Tensor row_of = local.row_of_sorted();
+    at::Tensor out = at::empty({local.num_assignments, matrix.size(1)}, rows.options());
+    for_each_segment(make_segments(local), [&](const Segment& segment, Scratch& scratch) {
+      const at::Tensor x = gathered(rows, row_of, segment, scratch, 0);
+      at::Tensor y = scratch.rows(1, segment.num_rows(), matrix.size(1), rows.options());
+      product(y, x, matrix.select(0, segment.expert).t(), expert_part(bias, segment.expert));
+      scattered(y, local.order, segment, out);
+    });
+    return out;
+  }
+
+  static Variable forward(AutogradContext* ctx, const Variable& rows_in,
+                          const Variable& weights_in, const Variable& matrix,
+                          const Variable& bias, const PlanPtr& plan) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const at::Tensor rows = rows_in.contiguous();
+    const at::Tensor weights = weights_in.contiguous();
+    ctx->save_for_backward({rows, weights, matrix, bias});
+    keep(ctx, plan);
+    return reduced(outputs(rows, matrix, bias, plan->local), weights, plan->local);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &rows = saved[kRows], &weights = saved[kWeights], &matrix = saved[kMatrix],
+                     &bias = saved[kBias];
+    const PlanPtr plan = kept(ctx);
+    const LocalPlan& local = plan->local;
+    const bool wants_rows = ctx->needs_input_grad(kRows);
+    const at::Tensor grad_out = grads[0].contiguous();
+    const at::Tensor row_of = local.row_of_sorted();
+    const at::Tensor grad_y = expanded(grad_out, weights, local, matrix.size(1));
+    at::Tensor grad_weights;
+    if (ctx->needs_input_grad(kWeights)) {
+      grad_weights =
+          weight_gradient(grad_out, outputs(rows, matrix, bias, local), weights, local);
+    }
+    at::Tensor grad_x =
+        wants_rows ? at::empty({local.num_assignments, rows.size(1)}, rows.options())
+                   : at::Tensor();
+    const std::vector<Segment> segments = make_segments(local);
+    StackedGradient grad_matrix =
+        wanted_gradient(ctx->needs_input_grad(kMatrix), matrix, segments);
+    StackedGradient grad_bias = wanted_gradient(ctx->needs_input_grad(kBias), bias, segments);
+    for_each_segment(segments, [&](const Segment& segment, Scratch& scratch) {
+      const at::Tensor g = gathered(grad_y, local.order, segment, scratch, 0);
+      if (grad_matrix.wanted()) {
+        product(grad_matrix.part(segment), g.t(), gathered(rows, row_of, segment, scratch, 1));
+      }
+      if (grad_bias.wanted()) grad_bias.part(segment).copy_(g.sum(0));
+      if (wants_rows) {
+        at::Tensor dx = scratch.rows(1, segment.num_rows(), rows.size(1), rows.options());
+        product(dx, g, matrix.select(0, segment.expert));
+        scattered(dx, local.order, segment, grad_x);
+      }
+    });
+    return {wants_rows ? reduced(grad_x, {}, local) : at::Tensor(), grad_weights,
+            grad_matrix.finish(), grad_bias.finish(), {}};
+  }
+};
+
+/// A stacked parameter [L, ...] of which each expert's part is drawn by its global id.
+at::Tensor stacked_uniform(const std::vector<int64_t>& expert_ids, std::vector<int64_t> shape,
+                           double bound, uint64_t seed, int64_t layer_id, uint64_t parameter) {
+  shape.insert(shape.begin(), static_cast<int64_t>(expert_ids.size()));
+  at::Tensor stacked = at::empty(shape, at::kFloat);
+  for (size_t slot = 0; slot < expert_ids.size(); ++slot) {
+    at::Tensor one = stacked.select(0, static_cast<int64_t>(slot));
+    const kernels::RandomKey key = kernels::random_key(seed)
+                                       .with(static_cast<uint64_t>(layer_id))
+                                       .with(static_cast<uint64_t>(expert_ids[slot]))
+                                       .with(parameter);
+    kernels::fill_uniform(mutable_data_of(one), one.numel(), kernels::DType::kFloat32, -bound,
+                          bound, key);
+  }
+  return stacked;
+}
+
+at::Tensor stacked_zeros(const std::vector<int64_t>& expert_ids, int64_t width) {
+  return at::empty({static_cast<int64_t>(expert_ids.size()), width}, at::kFloat).zero_();
+}
+
+double bound_or_fan_in(double bound, int64_t fan_in) {
+  return bound > 0 ? bound : 1.0 / std::sqrt(static_cast<double>(fan_in));
+}
+
+void check_input(const Experts& experts, const at::Tensor& rows, const at::Tensor& weights,
+                 const at::Tensor& parameter, const LocalPlan& plan, const char* operation) {
+  require(rows.dim() == 2 && rows.size(1) == experts.d_in(), operation, "width",
+          rows.dim() == 2 ? rows.size(1) : -1,
+          "differs from d_in=" + std::to_string(experts.d_in()) + " of the experts");
+  require(rows.size(0) == plan.num_rows, operation, "rows", rows.size(0),
+          "differs from " + std::to_string(plan.num_rows) + " rows of the plan");
+  require(rows.scalar_type() == parameter.scalar_type(), operation, "dtype",
+          c10::toString(rows.scalar_type()),
+          std::string("differs from the experts' ") + c10::toString(parameter.scalar_type()) +
+              "; convert the module or the tokens");
+  require(weights.dim() == 2 && weights.size(0) == plan.num_assignments, operation, "weights",
+          weights.dim() == 2 ? weights.size(0) : -1,
+          "differs from " + std::to_string(plan.num_assignments) + " assignments of the plan");
+  require(weights.scalar_type() == weight_type(rows), operation, "weights dtype",
+          c10::toString(weights.scalar_type()),
+          std::string("is not ") + c10::toString(weight_type(rows)));
+  require(plan.num_local_experts() == experts.num_local_experts(), operation, "experts",
+          plan.num_local_experts(),
+          "of the plan differ from " + std::to_string(experts.num_local_experts()) +
+              " experts of this rank");
+}
+
+void check_sizes(const GroupedMLPOptions& options) {
+  require(options.d_model() >= 1, "grouped_mlp", "d_model", options.d_model(), "is below 1");
+  require(options.d_ff() >= 1, "grouped_mlp", "d_ff", options.d_ff(), "is below 1");
+  require(options.d_out() >= 0, "grouped_mlp", "d_out", options.d_out(),
+          "is negative; choose 0 for d_model");
+  require(options.init_bound() >= 0 && std::isfinite(options.init_bound()), "grouped_mlp",
+          "init_bound", options.init_bound(), "is not a finite number >= 0");
+}
+
+}  // namespace
+
+GroupedMLP::GroupedMLP(const GroupedMLPOptions& options, const ExpertPlacement& placement,
+                       int ep_rank)
+    : Experts("grouped_mlp", placement.experts_of(ep_rank), options.d_model(),
+              options.d_out() > 0 ? options.d_out() : options.d_model()),
+      options_(options) {
+  check_sizes(options);
+  use_libtorch_threads();
+  const int64_t up_rows = options.gated() ? 2 * options.d_ff() : options.d_ff();
+  const auto random = [&](std::vector<int64_t> shape, int64_t fan_in, uint64_t parameter) {
+    return stacked_uniform(expert_ids(), std::move(shape),
+                           bound_or_fan_in(options.init_bound(), fan_in), options.seed(),
+                           options.layer_id(), parameter);
+  };
+  const std::string up_name = options.gated() ? "gate_up" : "up";
+  up_proj = register_parameter(up_name + "_proj", random({up_rows, d_in()}, d_in(), 0));
+  down_proj = register_parameter("down_proj", random({d_out(), options.d_ff()}, options.d_ff(), 1));
+  if (options.bias()) {
+    up_bias = register_parameter(up_name + "_bias", stacked_zeros(expert_ids(), up_rows));
+    down_bias = register_parameter("down_bias", stacked_zeros(expert_ids(), d_out()));
+  }
+}
+
+at::Tensor GroupedMLP::forward(const at::Tensor& rows, const at::Tensor& weights,
+                               const PlanPtr& plan) {
+  check_input(*this, rows, weights, up_proj, plan->local, "grouped_mlp");
+  return MlpFunction::apply(rows, weights, up_proj, up_bias, down_proj, down_bias,
+                            options_.activation(), options_.gated(), plan);
+}
+
+GroupedLinear::GroupedLinear(const GroupedLinearOptions& options, const ExpertPlacement& placement,
+                             int ep_rank)
+    : Experts("grouped_linear", placement.experts_of(ep_rank), options.d_in(), options.d_out()),
+      options_(options) {
+  require(options.init_bound() >= 0 && std::isfinite(options.init_bound()), "grouped_linear",
+          "init_bound", options.init_bound(), "is not a finite number >= 0");
+  use_libtorch_threads();
+  weight = register_parameter(
+      "weight", stacked_uniform(expert_ids(), {d_out(), d_in()},
+                                bound_or_fan_in(options.init_bound(), d_in()), options.seed(),
+                                options.layer_id(), 0));
+  if (options.bias()) bias = register_parameter("bias", stacked_zeros(expert_ids(), d_out()));
+}
+
+at::Tensor GroupedLinear::forward(const at::Tensor& rows, const at::Tensor& weights,
+                                  const PlanPtr& plan) {
+  check_input(*this, rows, weights, weight, plan->local, "grouped_linear");
+  return LinearFunction::apply(rows, weights, weight, bias, plan);
+}
+
+}  // namespace perseid

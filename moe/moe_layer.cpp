@@ -1,0 +1,260 @@
+#include "moe/moe_layer.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
+
+#include <utility>
+
+#include "comm/agree.h"
+#include "comm/collectives.h"
+#include "gates/losses.h"
+#include "kernels/error.h"
+#include "moe/dispatch.h"
+#include "moe/selection.h"
+#include "moe/tensor_types.h"
+#include "moe/threads.h"
+
+namespace perseid {
+namespace {
+
+constexpr const char* kName = "moe_layer";
+
+/// Fields of the statistics that all ranks sum, in one buffer.
+std::vector<int64_t> pack(const MoEStats& stats) {
+  std::vector<int64_t> packed = {stats.num_dropped, stats.num_tokens, stats.rows_processed};
+  for (const gates::GateStats& gate : stats.gates) {
+    packed.insert(packed.end(), {gate.num_tokens, gate.num_assignments,
+                                 gate.tokens_without_expert, gate.non_finite_tokens});
+    const int64_t* counts = gate.tokens_per_expert.const_data_ptr<int64_t>();
+    packed.insert(packed.end(), counts, counts + gate.tokens_per_expert.numel());
+  }
+  return packed;
+}
+
+MoEStats unpack(const std::vector<int64_t>& packed, const MoEStats& shape) {
+  MoEStats stats;
+  auto next = packed.begin();
+  for (int64_t* field : {&stats.num_dropped, &stats.num_tokens, &stats.rows_processed}) {
+    *field = *next++;
+  }
+  for (const gates::GateStats& like : shape.gates) {
+    gates::GateStats gate;
+    for (int64_t* field : {&gate.num_tokens, &gate.num_assignments, &gate.tokens_without_expert,
+                           &gate.non_finite_tokens}) {
+      *field = *next++;
+    }
+    gate.tokens_per_expert = at::empty_like(like.tokens_per_expert);
+    const auto end = next + gate.tokens_per_expert.numel();
+    std::copy(next, end, gate.tokens_per_expert.mutable_data_ptr<int64_t>());
+    next = end;
+    stats.gates.push_back(std::move(gate));
+  }
+  return stats;
+}
+
+MoEStats summed_over_ranks(const MoEStats& local, const comm::Group& world, comm::CallSite site) {
+  std::vector<int64_t> packed = pack(local);
+  comm::all_reduce(packed.data(), static_cast<int64_t>(packed.size()), comm::ReduceOp::kSum, world,
+                   site);
+  return unpack(packed, local);
+}
+
+std::string gate_name(size_t gate, size_t num_gates) {
+  return num_gates == 1 ? "gate" : "gate_" + std::to_string(gate);
+}
+
+void check_input(const MoEInput& input, const Experts& experts) {
+  const at::Tensor& tokens = input.tokens;
+  require(tokens.defined() && tokens.dim() == 2, kName, "tokens.dim",
+          tokens.defined() ? tokens.dim() : -1, "is not 2; pass [tokens, d_model]");
+  require(tokens.size(1) == experts.d_in(), kName, "tokens.width", tokens.size(1),
+          "differs from d_in=" + std::to_string(experts.d_in()) + " of the experts");
+  require(tokens.device().is_cpu(), kName, "device", tokens.device().str(),
+          "is not in this build; pass CPU tensors");
+  dtype_of(tokens, kName);
+  const auto parameters = experts.parameters();
+  if (!parameters.empty()) {
+    require(parameters.front().scalar_type() == tokens.scalar_type(), kName, "tokens.dtype",
+            c10::toString(tokens.scalar_type()),
+            std::string("differs from the experts' ") +
+                c10::toString(parameters.front().scalar_type()) +
+                "; convert the module or the tokens");
+  }
+  if (input.features) {
+    require(input.features->dim() == 2 && input.features->size(0) == tokens.size(0), kName,
+            "features.rows", input.features->dim() == 2 ? input.features->size(0) : -1,
+            "differs from " + std::to_string(tokens.size(0)) + " tokens");
+  }
+}
+
+/// One local plan for a module that every token passes.
+std::shared_ptr<const RoutingPlan> dense_plan(int64_t num_tokens) {
+  auto plan = std::make_shared<RoutingPlan>();
+  plan->num_tokens = num_tokens;
+  plan->num_assignments = num_tokens;
+  plan->local = make_dense_plan(num_tokens);
+  return plan;
+}
+
+}  // namespace
+
+at::Tensor MoEOutput::loss() const {
+  at::Tensor sum;
+  for (const gates::NamedLoss& loss : losses) sum = sum.defined() ? sum + loss.value : loss.value;
+  return sum.defined() ? sum : at::zeros({}, at::kFloat);
+}
+
+MoELayer::MoELayer(std::vector<std::shared_ptr<gates::Gate>> gates,
+                   std::shared_ptr<Experts> experts, ExpertPlacement placement,
+                   ParallelGroups groups, MoELayerOptions options, std::shared_ptr<Experts> shared)
+    : torch::nn::Module("moe_layer"),
+      gates_(std::move(gates)),
+      experts_(std::move(experts)),
+      shared_(std::move(shared)),
+      placement_(std::move(placement)),
+      groups_(std::move(groups)),
+      options_(options) {
+  use_libtorch_threads();
+  require(!gates_.empty(), kName, "gates", gates_.size(), "is empty; pass 1 gate or more");
+  require(experts_ != nullptr, kName, "experts", "null", "is not a module");
+  for (const auto& gate : gates_) {
+    require(gate != nullptr, kName, "gates", "null", "is not a module");
+    require(gate->num_experts() == placement_.num_experts(), kName, "gate.num_experts",
+            gate->num_experts(),
+            "differs from num_experts=" + std::to_string(placement_.num_experts()) +
+                " of the placement");
+  }
+  const comm::Group& ep = groups_.expert_parallel;
+  require(placement_.num_ranks() == ep.size(), kName, "placement.num_ranks",
+          placement_.num_ranks(), "differs from ep_size=" + std::to_string(ep.size()));
+  require(experts_->expert_ids() == placement_.experts_of(ep.rank()), kName, "experts",
+          experts_->num_local_experts(),
+          "are not those that the placement gives to rank " + std::to_string(ep.rank()) +
+              " of the expert-parallel group");
+  if (shared_) {
+    require(shared_->num_local_experts() == 1 && shared_->d_in() == experts_->d_in() &&
+                shared_->d_out() == experts_->d_out(),
+            kName, "shared.d_out", shared_->d_out(),
+            "does not fit; pass one expert with the widths of the others");
+    shared_->set_replicated(true);
+    register_module("shared", shared_);
+  }
+  for (size_t g = 0; g < gates_.size(); ++g) {
+    register_module(gate_name(g, gates_.size()), gates_[g]);
+  }
+  register_module("experts", experts_);
+}
+
+MoEOutput MoELayer::forward(const MoEInput& input) {
+  const comm::CallSite site{kName, options_.layer_id, input.step};
+  const comm::Group& ep = groups_.expert_parallel;
+  const gates::GateInput gate_input = agree_on_input(input, site);
+  Decision decision = decide(gate_input, site);
+  const auto plan = make_routing_plan(decision.selection.routing, placement_, ep,
+                                      {options_.strict, site});
+  const at::Tensor rows = dispatch(input.tokens, plan, ep, site);
+  const at::Tensor weights = dispatch_weights(
+      decision.selection.weights.to(weight_type(input.tokens)), plan, ep, site);
+  const at::Tensor combined = combine(experts_->forward(rows, weights, plan), plan, ep, site);
+  return finish(input, combined, std::move(decision));
+}
+
+gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite site) const {
+  gates::GateInput gate_input;
+  const comm::Group& world = groups_.world;
+  comm::agree(world, site, [&] {
+    check_input(input, *experts_);
+    gate_input.tokens = input.features.value_or(input.tokens);
+    gate_input.keys = input.keys;
+    gate_input.valid = input.valid;
+    gate_input.sequence = input.sequence;
+    gate_input.step = input.step;
+    gate_input.progress = input.progress;
+    gate_input.training = is_training();
+    gates::validate(gate_input, -1, kName);
+  });
+  // Tokens of the ranks before this one, and the valid ones of all.
+  const int64_t mine[2] = {input.tokens.size(0), input.valid ? input.valid->sum().item<int64_t>()
+                                                             : input.tokens.size(0)};
+  std::vector<int64_t> all(2 * static_cast<size_t>(world.size()));
+  comm::all_gather(mine, sizeof(mine), all.data(), world, site);
+  for (int r = 0; r < world.size(); ++r) {
+    const auto i = 2 * static_cast<size_t>(r);
+    if (r < world.rank()) gate_input.first_token += all[i];
+    gate_input.tokens_global += all[i + 1];
+  }
+  return gate_input;
+}
+
+MoELayer::Decision MoELayer::decide(const gates::GateInput& input, comm::CallSite site) {
+  Decision decision;
+  MoEStats stats;
+  std::vector<gates::Routing> routings;
+  std::vector<gates::BalanceTerms> balances;
+  comm::agree(groups_.world, site, [&] {
+    int64_t non_finite = 0;
+    for (const auto& gate : gates_) {
+      gates::GateOutput out = gate->forward(input);
+      gates::validate(out.routing, placement_.num_experts(), gate->name().c_str());
+      CappedRouting capped =
+          apply_capacity(out.routing, options_.capacity, out.stats.num_tokens, gate->top_k(),
+                         placement_.num_experts());
+      stats.num_dropped += capped.num_dropped;
+      non_finite += out.stats.non_finite_tokens;
+      routings.push_back(std::move(capped.routing));
+      balances.push_back(std::move(out.balance));
+      stats.gates.push_back(std::move(out.stats));
+      for (gates::NamedLoss& loss : out.losses) decision.losses.push_back(std::move(loss));
+    }
+    if (options_.on_nonfinite == OnNonFinite::kRaise && non_finite > 0) {
+      throw Diverged({kName, "non_finite_tokens", to_text(non_finite),
+                      "exceeds 0: tokens or gate parameters hold a NaN or an infinity",
+                      groups_.world.rank(), -1, site.layer, site.step});
+    }
+    decision.selection = merge_routings(routings);
+  });
+  stats.num_tokens = stats.gates.front().num_tokens;
+  stats.rows_processed = decision.selection.routing.num_assignments();
+  decision.stats = summed_over_ranks(stats, groups_.world, site);
+  for (size_t g = 0; g < balances.size(); ++g) {
+    if (!balances[g].score_sum.defined()) continue;
+    decision.losses.push_back(gates::load_balance_loss(
+        balances[g], decision.stats.gates[g].tokens_per_expert, input.tokens_global));
+  }
+  return decision;
+}
+
+MoEOutput MoELayer::finish(const MoEInput& input, const at::Tensor& combined, Decision decision) {
+  MoEOutput out;
+  at::Tensor shared_out;
+  if (shared_) {
+    const at::Tensor ones = at::ones({input.tokens.size(0), 1},
+                                     input.tokens.options().dtype(weight_type(input.tokens)));
+    shared_out = shared_->forward(input.tokens, ones, dense_plan(input.tokens.size(0)));
+  }
+  for (size_t g = 0; g < gates_.size(); ++g) {
+    const at::Tensor mine =
+        gates_.size() == 1
+            ? combined
+            : combined.narrow(1, static_cast<int64_t>(g) * experts_->d_out(), experts_->d_out());
+    out.outputs.push_back(shared_out.defined() ? mine + shared_out : mine);
+  }
+  out.losses = std::move(decision.losses);
+  out.stats = std::move(decision.stats);
+  return out;
+}
+
+void MoELayer::after_step(const MoEStats& stats) {
+  require(stats.gates.size() == gates_.size(), kName, "stats.gates", stats.gates.size(),
+          "differs from " + std::to_string(gates_.size()) + " gates of the layer");
+  for (size_t g = 0; g < gates_.size(); ++g) gates_[g]->after_step(stats.gates[g]);
+}
+
+double max_vio(const at::Tensor& tokens_per_expert) {
+  const at::Tensor counts = tokens_per_expert.to(at::kDouble);
+  const double mean = counts.numel() > 0 ? counts.mean().item<double>() : 0;
+  return mean > 0 ? counts.max().item<double>() / mean - 1 : 0;
+}
+
+}  // namespace perseid

@@ -1,0 +1,238 @@
+#include "moe/routing_plan.h"
+
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "kernels/error.h"
+#include "kernels/sort.h"
+#include "moe/tensor_types.h"
+#include "moe/threads.h"
+
+namespace perseid {
+namespace {
+
+at::Tensor empty_int32(int64_t size) { return at::empty({size}, at::kInt); }
+
+/// One assignment as it travels: the row of the sender's block that it belongs to, and the expert's
+/// slot on the receiving rank.
+struct Placed {
+  int32_t row;
+  int32_t slot;
+};
+static_assert(sizeof(Placed) == 8, "travels as two int32");
+
+bool is_identity(const int32_t* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] != i) return false;
+  }
+  return true;
+}
+
+/// Token of each assignment.
+std::vector<int32_t> token_of_assignment(const gates::Routing& routing) {
+  std::vector<int32_t> token(static_cast<size_t>(routing.num_assignments()));
+  const int32_t* offsets = int32_data(routing.token_offsets);
+  for (int64_t t = 0; t < routing.num_tokens; ++t) {
+    const int64_t begin = offsets ? offsets[t] : t * routing.top_k;
+    const int64_t end = offsets ? offsets[t + 1] : begin + routing.top_k;
+    std::fill(token.begin() + begin, token.begin() + end, static_cast<int32_t>(t));
+  }
+  return token;
+}
+
+/// What this rank sends: fills the sender's fields of the plan and returns the assignments as they
+/// travel, grouped by rank.
+std::vector<Placed> plan_sends(const gates::Routing& routing, const ExpertPlacement& placement,
+                               int num_ranks, bool row_per_assignment, RoutingPlan& plan) {
+  const int64_t num_assignments = routing.num_assignments();
+  const at::Tensor expert_idx = routing.expert_idx.contiguous();
+  const int32_t* experts = int32_data(expert_idx);
+  const std::vector<int32_t> token = token_of_assignment(routing);
+
+  std::vector<int32_t> rank_of(static_cast<size_t>(num_assignments));
+  for (int64_t a = 0; a < num_assignments; ++a) {
+    rank_of[static_cast<size_t>(a)] = placement.rank_of(experts[a]);
+  }
+  std::vector<int64_t> rank_offsets(static_cast<size_t>(num_ranks) + 1);
+  at::Tensor order = empty_int32(num_assignments);
+  int32_t* order_data = order.mutable_data_ptr<int32_t>();
+  kernels::counting_sort(rank_of.data(), num_assignments, num_ranks, rank_offsets.data(),
+                         order_data);
+
+  std::vector<Placed> placed(static_cast<size_t>(num_assignments));
+  std::vector<int32_t> token_of_row;
+  token_of_row.reserve(static_cast<size_t>(std::min(
+      num_assignments, row_per_assignment ? num_assignments : routing.num_tokens * num_ranks)));
+  plan.rows.send_rows.assign(static_cast<size_t>(num_ranks), 0);
+  plan.assignments.send_rows.assign(static_cast<size_t>(num_ranks), 0);
+  for (int p = 0; p < num_ranks; ++p) {
+    const int64_t begin = rank_offsets[static_cast<size_t>(p)];
+    const int64_t end = rank_offsets[static_cast<size_t>(p) + 1];
+    const size_t first_row = token_of_row.size();
+    int32_t last_token = -1;
+    for (int64_t i = begin; i < end; ++i) {
+      const int32_t a = order_data[i];
+      const int32_t t = token[static_cast<size_t>(a)];
+      if (row_per_assignment || t != last_token) token_of_row.push_back(t);
+      last_token = t;
+      placed[static_cast<size_t>(i)] = {
+          static_cast<int32_t>(token_of_row.size() - first_row - 1),
+          placement.slot_of(experts[a])};
+    }
+    plan.rows.send_rows[static_cast<size_t>(p)] =
+        static_cast<int64_t>(token_of_row.size() - first_row);
+    plan.assignments.send_rows[static_cast<size_t>(p)] = end - begin;
+  }
+
+  const int64_t num_rows = static_cast<int64_t>(token_of_row.size());
+  if (num_rows != routing.num_tokens || !is_identity(token_of_row.data(), num_rows)) {
+    plan.token_of_row = empty_int32(num_rows);
+    std::copy(token_of_row.begin(), token_of_row.end(),
+              plan.token_of_row.mutable_data_ptr<int32_t>());
+
+    // Rows of each token: by rank, or with a row per assignment by choice.
+    plan.token_row_offsets = empty_int32(routing.num_tokens + 1);
+    plan.token_rows = empty_int32(num_rows);
+    int32_t* offsets = plan.token_row_offsets.mutable_data_ptr<int32_t>();
+    int32_t* rows = plan.token_rows.mutable_data_ptr<int32_t>();
+    std::vector<int64_t> wide(static_cast<size_t>(routing.num_tokens) + 1);
+    kernels::counting_sort(token_of_row.data(), num_rows, routing.num_tokens, wide.data(), rows);
+    std::copy(wide.begin(), wide.end(), offsets);
+    if (row_per_assignment) {
+      for (int64_t i = 0; i < num_assignments; ++i) rows[order_data[i]] = static_cast<int32_t>(i);
+    }
+  }
+  if (!is_identity(order_data, num_assignments)) plan.assignment_order = order;
+  return placed;
+}
+
+/// The received assignments: row_offsets over all received rows, and slots.
+struct Received {
+  std::vector<int32_t> row_offsets;
+  std::vector<int32_t> slots;
+};
+
+Received read_received(const std::vector<Placed>& placed, const RoutingPlan& plan,
+                       int64_t num_local_experts) {
+  Received received;
+  received.row_offsets.reserve(static_cast<size_t>(plan.local.num_rows) + 1);
+  received.slots.reserve(placed.size());
+  size_t i = 0;
+  for (size_t p = 0; p < plan.rows.recv_rows.size(); ++p) {
+    const size_t end = i + static_cast<size_t>(plan.assignments.recv_rows[p]);
+    int32_t last = -1;
+    for (; i < end; ++i) {
+      const Placed& one = placed[i];
+      PERSEID_INVARIANT(one.slot >= 0 && one.slot < num_local_experts);
+      PERSEID_INVARIANT(one.row == last || one.row == last + 1);
+      if (one.row != last) received.row_offsets.push_back(static_cast<int32_t>(i));
+      last = one.row;
+      received.slots.push_back(one.slot);
+    }
+    PERSEID_INVARIANT(last + 1 == plan.rows.recv_rows[p]);
+  }
+  received.row_offsets.push_back(static_cast<int32_t>(i));
+  return received;
+}
+
+void plan_local(const Received& received, int64_t num_local_experts, LocalPlan& local) {
+  const std::vector<int32_t>& offsets = received.row_offsets;
+  const int32_t per_row = local.num_rows > 0 ? offsets[1] - offsets[0] : 1;
+  bool all_equal = true;
+  for (size_t n = 0; n + 1 < offsets.size(); ++n) {
+    all_equal = all_equal && offsets[n + 1] - offsets[n] == per_row;
+  }
+  if (all_equal) {
+    local.fixed = per_row;
+  } else {
+    local.row_offsets = empty_int32(local.num_rows + 1);
+    std::copy(offsets.begin(), offsets.end(), local.row_offsets.mutable_data_ptr<int32_t>());
+  }
+  local.order = empty_int32(local.num_assignments);
+  local.expert_offsets.resize(static_cast<size_t>(num_local_experts) + 1);
+  kernels::counting_sort(received.slots.data(), local.num_assignments, num_local_experts,
+                         local.expert_offsets.data(), local.order.mutable_data_ptr<int32_t>());
+}
+
+}  // namespace
+
+kernels::CombineIndex LocalPlan::by_row() const {
+  return {int32_data(row_offsets), fixed, nullptr};
+}
+
+at::Tensor LocalPlan::row_of_sorted() const {
+  at::Tensor rows = empty_int32(num_assignments);
+  int32_t* out = rows.mutable_data_ptr<int32_t>();
+  const int32_t* sorted = int32_data(order);
+  if (!row_offsets.defined()) {
+    const int32_t per_row = static_cast<int32_t>(fixed);
+    for (int64_t r = 0; r < num_assignments; ++r) out[r] = sorted[r] / per_row;
+    return rows;
+  }
+  std::vector<int32_t> row_of(static_cast<size_t>(num_assignments));
+  const int32_t* offsets = int32_data(row_offsets);
+  for (int64_t n = 0; n < num_rows; ++n) {
+    std::fill(row_of.begin() + offsets[n], row_of.begin() + offsets[n + 1],
+              static_cast<int32_t>(n));
+  }
+  for (int64_t r = 0; r < num_assignments; ++r) out[r] = row_of[static_cast<size_t>(sorted[r])];
+  return rows;
+}
+
+kernels::CombineIndex RoutingPlan::by_token() const {
+  if (!token_rows.defined()) return {nullptr, 1, nullptr};
+  return {int32_data(token_row_offsets), 0, int32_data(token_rows)};
+}
+
+std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routing,
+                                                     const ExpertPlacement& placement,
+                                                     const comm::Group& group,
+                                                     const PlanOptions& options) {
+  use_libtorch_threads();
+  const int num_ranks = group.size();
+  const int64_t num_local = placement.num_local_experts(group.rank());
+  auto plan = std::make_shared<RoutingPlan>();
+  plan->num_tokens = routing.num_tokens;
+  plan->num_assignments = routing.num_assignments();
+  // With one rank every sum is formed in choice order already, and nothing travels.
+  const bool row_per_assignment = options.strict && num_ranks > 1;
+  const std::vector<Placed> sent =
+      plan_sends(routing, placement, num_ranks, row_per_assignment, *plan);
+
+  const auto ranks = static_cast<size_t>(num_ranks);
+  std::vector<int64_t> counts(2 * ranks);
+  for (size_t p = 0; p < ranks; ++p) {
+    counts[2 * p] = plan->rows.send_rows[p];
+    counts[2 * p + 1] = plan->assignments.send_rows[p];
+  }
+  const std::vector<int64_t> announced = comm::exchange_counts(counts, 2, group, options.site);
+  plan->rows.recv_rows.resize(ranks);
+  plan->assignments.recv_rows.resize(ranks);
+  for (size_t p = 0; p < ranks; ++p) {
+    plan->rows.recv_rows[p] = announced[2 * p];
+    plan->assignments.recv_rows[p] = announced[2 * p + 1];
+  }
+  plan->local.num_rows = plan->rows.num_recv_rows();
+  plan->local.num_assignments = plan->assignments.num_recv_rows();
+
+  std::vector<Placed> received(static_cast<size_t>(plan->local.num_assignments));
+  comm::exchange_rows(sent.data(), received.data(), {kernels::DType::kInt32, 2},
+                      plan->assignments, group, options.site);
+  plan_local(read_received(received, *plan, num_local), num_local, plan->local);
+  return plan;
+}
+
+LocalPlan make_dense_plan(int64_t num_tokens) {
+  LocalPlan local;
+  local.num_rows = num_tokens;
+  local.num_assignments = num_tokens;
+  local.fixed = 1;
+  local.order = at::arange(num_tokens, at::kInt);
+  local.expert_offsets = {0, num_tokens};
+  return local;
+}
+
+}  // namespace perseid

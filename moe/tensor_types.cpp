@@ -1,0 +1,34 @@
+#include "moe/tensor_types.h"
+
+#include <c10/core/ScalarType.h>
+
+namespace perseid {
+
+kernels::DType dtype_of(const at::Tensor& tensor, const char* operation) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat: return kernels::DType::kFloat32;
+    case at::kBFloat16: return kernels::DType::kBFloat16;
+    case at::kDouble: return kernels::DType::kFloat64;
+    default:
+      throw ConfigError({operation, "dtype", c10::toString(tensor.scalar_type()),
+                         "is not supported; choose bf16, fp32 or fp64"});
+  }
+}
+
+at::ScalarType weight_type(const at::Tensor& activations) {
+  return activations.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+const void* data_of(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
+}
+
+void* mutable_data_of(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+}
+
+const int32_t* int32_data(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr<int32_t>() : nullptr;
+}
+
+}  // namespace perseid

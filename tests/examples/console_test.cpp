@@ -1,0 +1,241 @@
+// What programs print, and their command lines.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <fstream>
+#include <limits>
+#include <sstream>
+
+#include "examples/common/console.h"
+#include "examples/common/json_lines.h"
+#include "examples/common/text.h"
+#include "examples/train_fashion/options.h"
+#include "examples/train_fashion/report.h"
+#include "kernels/error.h"
+#include "tests/examples/fixture.h"
+
+namespace perseid::examples {
+namespace {
+
+CommandLine parse(std::vector<const char*> flags) {
+  flags.insert(flags.begin(), "train_fashion");
+  return parse_command_line(static_cast<int>(flags.size()), flags.data());
+}
+
+TEST(Text, Counts) {
+  EXPECT_EQ(with_commas(62800), "62,800");
+  EXPECT_EQ(with_commas(999), "999");
+  EXPECT_EQ(with_commas(-1000000), "-1,000,000");
+  EXPECT_EQ(short_count(870), "870");
+  EXPECT_EQ(short_count(41200), "41.2k");
+  EXPECT_EQ(short_count(1.59e6), "1.59M");
+  EXPECT_EQ(cut_text("a▇b▇", 2), "a▇");
+  EXPECT_EQ(cut_text("ab", 5), "ab");
+  EXPECT_EQ(text_columns("a▇b▇"), 4);
+}
+
+TEST(Progress, PlainLines) {
+  std::ostringstream out;
+  Progress progress(out, false);
+  progress.update("step 1");
+  progress.update("step 2");
+  progress.print("done");
+  EXPECT_EQ(out.str(), "step 1\nstep 2\ndone\n");
+}
+
+TEST(Progress, OneLine) {
+  std::ostringstream out;
+  {
+    Progress progress(out, true);
+    progress.update("step 1");
+    progress.update("step 2");
+    progress.print("done");
+    progress.update("step 1");
+  }
+  EXPECT_EQ(out.str(), "\r\033[Kstep 1\r\033[Kstep 2\r\033[Kdone\n\r\033[Kstep 1\n");
+}
+
+TEST(Tables, Aligned) {
+  EXPECT_EQ(settings_table({{"gate", "topk"}, {"lr", "0.001"}}),
+            "+------+-------+\n| gate | topk  |\n| lr   | 0.001 |\n+------+-------+\n");
+  EXPECT_EQ(results_table({"gate", "x"}, {{"a", "1.5"}, {"b", "2 ±1"}}),
+            "+------+------+\n| gate |    x |\n+------+------+\n| a    |  1.5 |\n| b    | 2 ±1 |\n"
+            "+------+------+\n");
+}
+
+TEST(Tables, LoadBars) {
+  EXPECT_EQ(load_bars({100, 200, 0, 100}), "[▄█ ▄] min 0.00 max 2.00");
+  EXPECT_EQ(load_bars({0, 0}), "[  ] min 0.00 max 0.00");
+  EXPECT_EQ(load_bars({1, 100000}), "[▁█] min 0.00 max 2.00");
+}
+
+TEST(Json, RoundTrips) {
+  const double third = 1.0 / 3;
+  const std::string text = to_json({{"gate", std::string("a\"b")},
+                                    {"n", int64_t{3}},
+                                    {"x", third},
+                                    {"bad", std::numeric_limits<double>::quiet_NaN()},
+                                    {"v", std::vector<double>{.1}}});
+  EXPECT_EQ(text,
+            "{\"gate\":\"a\\\"b\",\"n\":3,\"x\":0.3333333333333333,\"bad\":null,\"v\":[0.1]}");
+}
+
+TEST(Json, LinesAndErrors) {
+  const std::string path = ::testing::TempDir() + "perseid_lines.json";
+  {
+    JsonLines lines(path);
+    lines.write({{"a", int64_t{1}}});
+    lines.write({{"a", int64_t{2}}});
+  }
+  std::ifstream file(path);
+  std::stringstream content;
+  content << file.rdbuf();
+  EXPECT_EQ(content.str(), "{\"a\":1}\n{\"a\":2}\n");
+  const std::string text = error_text<IoError>([] { JsonLines lines("/no/such/folder/x"); });
+  EXPECT_NE(text.find("/no/such/folder/x"), std::string::npos) << text;
+  JsonLines none("");
+  none.write({{"a", int64_t{1}}});
+}
+
+TEST(CommandLine, DefaultsAreTheProtocol) {
+  const CommandLine line = parse({});
+  ASSERT_TRUE(line.run) << line.text;
+  const TrainOptions& train = line.options.train;
+  EXPECT_EQ(line.options.gates, (std::vector<GateKind>{GateKind::kTopK}));
+  EXPECT_EQ(line.options.seeds, (std::vector<uint64_t>{0}));
+  EXPECT_EQ(train.num_experts, 8);
+  EXPECT_EQ(train.top_k, 2);
+  EXPECT_EQ(train.global_batch_size, 256);
+  EXPECT_EQ(train.epochs, 6);
+  EXPECT_EQ(train.aux_loss_coeff, 0);
+  EXPECT_EQ(train.lr, 1e-3);
+  EXPECT_EQ(num_steps(train, 60000), 1404);
+}
+
+TEST(CommandLine, BothNamesOfAFlag) {
+  struct Case {
+    const char* megatron;
+    const char* ours;
+    const char* value;
+    double TrainOptions::*real;
+    int64_t TrainOptions::*integer;
+  };
+  for (const Case& c :
+       {Case{"--moe-router-topk", "--top-k", "3", nullptr, &TrainOptions::top_k},
+        Case{"--expert-model-parallel-size", "--ep-size", "2", nullptr, &TrainOptions::ep_size},
+        Case{"--moe-expert-capacity-factor", "--capacity-factor", "1.5",
+             &TrainOptions::capacity_factor, nullptr},
+        Case{"--moe-aux-loss-coeff", "--aux-loss-coeff", "0.25", &TrainOptions::aux_loss_coeff,
+             nullptr},
+        Case{"--moe-z-loss-coeff", "--z-loss-coeff", "0.125", &TrainOptions::z_loss_coeff,
+             nullptr}}) {
+    for (const char* name : {c.megatron, c.ours}) {
+      const CommandLine line = parse({name, c.value});
+      ASSERT_TRUE(line.run) << line.text;
+      const double value = c.real != nullptr ? line.options.train.*c.real
+                                             : static_cast<double>(line.options.train.*c.integer);
+      EXPECT_EQ(value, std::atof(c.value)) << name;
+    }
+  }
+}
+
+TEST(CommandLine, SeveralSeedsAndAllGates) {
+  const CommandLine line = parse({"--gate", "all", "--seeds", "0", "1", "2"});
+  ASSERT_TRUE(line.run) << line.text;
+  EXPECT_EQ(line.options.gates, (std::vector<GateKind>{GateKind::kSingle, GateKind::kHash,
+                                                       GateKind::kTopK, GateKind::kDense}));
+  EXPECT_EQ(line.options.seeds, (std::vector<uint64_t>{0, 1, 2}));
+}
+
+TEST(CommandLine, WrongValues) {
+  struct Case {
+    std::vector<const char*> flags;
+    std::vector<const char*> parts;  // of the text: flag, value, limit
+  };
+  for (const Case& c : std::vector<Case>{
+           {{"--gate", "comet"}, {"--gate", "comet", "{single,hash,topk,dense,all}"}},
+           {{"--task", "multi"}, {"--task", "multi", "{domains}"}},
+           {{"--num-experts", "0"}, {"--num-experts", "value 0", "1 to 4096"}},
+           {{"--num-experts", "-3"}, {"--num-experts", "value -3", "1 to 4096"}},
+           {{"--num-experts", "many"}, {"--num-experts", "many", "1 to 4096"}},
+           {{"--top-k", "9"}, {"--moe-router-topk", "value 9", "--num-experts 8"}},
+           {{"--lr", "-1"}, {"--lr", "value -1", "to 1000"}},
+           {{"--lr", "nan"}, {"--lr", "value nan", "to 1000"}},
+           {{"--epochs", "0"}, {"--epochs", "value 0", "1 to"}},
+           {{"--global-batch-size", "0"}, {"--global-batch-size", "value 0", "1 to"}},
+           {{"--train-iters", "-1"}, {"--train-iters", "value -1", "0 to"}},
+           {{"--log-interval", "0"}, {"--log-interval", "value 0", "1 to"}},
+           {{"--aux-loss-coeff", "-1"}, {"--moe-aux-loss-coeff", "value -1", "0 to"}},
+           {{"--capacity-factor", "-1"}, {"--moe-expert-capacity-factor", "value -1", "0 to"}},
+           {{"--seed", "-1"}, {"--seed", "value -1", "0 to"}},
+           {{"--dtype", "int8"}, {"--dtype", "int8", "{bfloat16,float32,float64}"}},
+           {{"--comm", "tcp"}, {"--comm", "tcp", "{auto,self,local,mpi}"}},
+           {{"--local-ranks", "0"}, {"--local-ranks", "value 0", "1 to 256"}},
+           {{"--local-ranks", "2"}, {"--local-ranks", "needs --comm local"}},
+           {{"--launcher", "ssh"}, {"--launcher", "ssh", "{auto,mpi,slurm,torchrun,single}"}},
+           {{"--gate", "all", "--dump", "x"}, {"--dump", "one gate and one seed"}},
+           {{"--no-such-flag"}, {"--no-such-flag"}},
+           {{"--gate"}, {"--gate"}}}) {
+    const CommandLine line = parse(c.flags);
+    EXPECT_FALSE(line.run);
+    EXPECT_EQ(line.exit_code, 64);
+    for (const char* part : c.parts)
+      EXPECT_NE(line.text.find(part), std::string::npos) << line.text;
+  }
+}
+
+TEST(CommandLine, HelpShowsDefaultsAndRanges) {
+  const CommandLine line = parse({"--help"});
+  EXPECT_FALSE(line.run);
+  EXPECT_EQ(line.exit_code, 0);
+  for (const char* part : {"--moe-router-topk,--top-k", "1 to 4096", "=8", "images of a step",
+                           "{single,hash,topk,dense,all}", "the protocol of this task has 0"}) {
+    EXPECT_NE(line.text.find(part), std::string::npos) << part << " in:\n" << line.text;
+  }
+}
+
+TEST(CommandLine, ConfigHashTellsSettingsApart) {
+  const uint32_t first = config_hash(parse({}).options);
+  EXPECT_EQ(first, config_hash(parse({"--json", "elsewhere"}).options));
+  for (const std::vector<const char*>& flags :
+       std::vector<std::vector<const char*>>{{"--gate", "dense"},
+                                             {"--seed", "1"},
+                                             {"--lr", "0.002"},
+                                             {"--dtype", "float64"},
+                                             {"--data-seed", "1"},
+                                             {"--ep-size", "1"},
+                                             {"--train-iters", "1"}}) {
+    EXPECT_NE(first, config_hash(parse(flags).options)) << flags[0];
+  }
+}
+
+TEST(Report, Lines) {
+  StepReport report;
+  report.step = 100;
+  report.num_steps = 1404;
+  report.cross_entropy = .53127;
+  report.gate_losses = {{"aux_loss", 1.0204}};
+  report.tokens_per_expert = {100, 0, 100, 200};
+  report.max_vio = 1;
+  report.step_ms = 1.234;
+  report.tokens_per_second = 207000;
+  EXPECT_EQ(step_line(report),
+            "step  100/1404 | loss 0.5313 | aux 1.020 | maxvio 1.00 | dead 1/4 | 1.23 ms | "
+            "207.0k tok/s");
+  report.num_dropped = 7;
+  EXPECT_NE(step_line(report).find("| drop 7 |"), std::string::npos);
+}
+
+TEST(Report, FinalTable) {
+  RunResult one;
+  one.accuracy = .8;
+  RunResult two;
+  two.accuracy = .82;
+  const std::string table = final_table(
+      {{GateKind::kHash, 0, one}, {GateKind::kTopK, 0, one}, {GateKind::kTopK, 1, two}});
+  EXPECT_NE(table.find("| hash |"), std::string::npos) << table;
+  EXPECT_NE(table.find("| topk | 0.8100 ±0.0100 |"), std::string::npos) << table;
+}
+
+}  // namespace
+}  // namespace perseid::examples

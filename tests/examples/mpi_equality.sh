@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The same run in one process and under mpirun at 1, 2 and 4 ranks, also with a rank without images:
+# losses and weights after 50 steps must agree.
+#   mpi_equality.sh TRAIN_FASHION MPIEXEC FOLDER_OF_THIS_TEST WORK_FOLDER
+set -euo pipefail
+train=$1 mpiexec=$2 here=$3 work=$4
+rm -rf "$work"
+mkdir -p "$work"
+
+run() { # NAME DTYPE COMMAND... : a run that writes NAME.json
+  local name=$1 dtype=$2
+  shift 2
+  "$@" --data "$here/fashion-mnist" --global-batch-size 58 --train-iters 50 --dtype "$dtype" \
+    --threads 1 --dump "$work/$name.$dtype.json" >"$work/$name.log" 2>&1 || {
+    echo "failed: $*" >&2
+    cat "$work/$name.log" >&2
+    exit 1
+  }
+}
+
+for dtype in float64 float32; do
+  run one "$dtype" "$train"
+  run local4 "$dtype" "$train" --comm local --local-ranks 4 --idle-ranks 1
+  for ranks in 1 2 4; do run "mpi$ranks" "$dtype" "$mpiexec" -n "$ranks" "$train"; done
+  run mpi4idle "$dtype" "$mpiexec" -n 4 "$train" --idle-ranks 1 --ep-size 2
+  tolerance=1e-12
+  [ "$dtype" = float64 ] || tolerance=1e-5
+  python3 "$here/compare_dumps.py" "$tolerance" "$work/one.$dtype.json" \
+    "$work"/{local4,mpi1,mpi2,mpi4,mpi4idle}."$dtype.json"
+done

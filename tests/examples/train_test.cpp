@@ -1,0 +1,214 @@
+// train_domains on the fixture.
+//   SameAtAnyRankCount   50 steps in one process, on 2 and 4 threads as ranks, with an idle rank
+//   and at
+//                        every ep_size: losses and all weights agree, float64 to 1e-12 of the
+//                        largest value, float32 to 1e-5; each gate; uneven shards
+//   Repeats              the same bits twice
+//   LossFalls            every gate learns
+//   CountsAreRight       parameters against the model, experts per token and loads against the gate
+//   WrongSettings        sentences for what only shows with data and ranks
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <numeric>
+
+#include "comm/group.h"
+#include "examples/train_fashion/model.h"
+#include "examples/train_fashion/train.h"
+#include "kernels/error.h"
+#include "tests/examples/fixture.h"
+
+namespace perseid::examples {
+namespace {
+
+TrainOptions small_run(GateKind gate) {
+  TrainOptions options;
+  options.gate = gate;
+  options.dtype = kernels::DType::kFloat64;
+  options.global_batch_size = 58;  // no rank count above 2 divides it
+  options.train_iters = 50;
+  return options;
+}
+
+RunResult run(int ranks, const TrainOptions& options) {
+  RunResult result;
+  std::mutex mutex;
+  comm::run_local(ranks, [&](const comm::Group& world) {
+    RunResult mine = train_domains(world, fixture_data(), options);
+    const std::lock_guard lock(mutex);
+    if (world.rank() == 0) result = std::move(mine);
+  });
+  return result;
+}
+
+/// Largest difference, as a share of the largest value.
+double relative_difference(const std::vector<double>& a, const std::vector<double>& b) {
+  if (a.size() != b.size()) return INFINITY;
+  double scale = 0;
+  double difference = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    scale = std::max(scale, std::abs(a[i]));
+    difference = std::max(difference, std::abs(a[i] - b[i]));
+    if (std::isnan(a[i]) || std::isnan(b[i])) return INFINITY;
+  }
+  return scale > 0 ? difference / scale : difference;
+}
+
+void expect_equal_runs(const RunResult& a, const RunResult& b, double tolerance) {
+  EXPECT_EQ(a.losses.size(), size_t{50});
+  EXPECT_LE(relative_difference(a.losses, b.losses), tolerance) << "losses";
+  ASSERT_EQ(a.weights.size(), b.weights.size());
+  for (size_t i = 0; i < a.weights.size(); ++i) {
+    EXPECT_EQ(a.weights[i].name, b.weights[i].name);
+    EXPECT_EQ(a.weights[i].shape, b.weights[i].shape);
+    EXPECT_LE(relative_difference(a.weights[i].values, b.weights[i].values), tolerance)
+        << a.weights[i].name;
+  }
+  EXPECT_EQ(a.accuracy, b.accuracy);
+  EXPECT_NEAR(a.cross_entropy, b.cross_entropy, tolerance * a.cross_entropy);
+  EXPECT_EQ(a.experts_per_token, b.experts_per_token);
+  EXPECT_NEAR(a.domain_nmi, b.domain_nmi, std::max(tolerance, 1e-12));
+  EXPECT_EQ(a.tokens_per_expert, b.tokens_per_expert);
+}
+
+class SameAtAnyRankCount : public ::testing::TestWithParam<GateKind> {};
+
+TEST_P(SameAtAnyRankCount, Float64) {
+  TrainOptions options = small_run(GetParam());
+  options.aux_loss_coeff = 1e-2;
+  options.z_loss_coeff = 1e-3;
+  const RunResult reference = train_domains(comm::self_group(), fixture_data(), options);
+  for (const int ranks : {1, 2, 4}) {
+    for (int64_t ep_size = 1; ep_size <= ranks; ep_size *= 2) {
+      for (const int64_t idle_ranks : {0, 1}) {
+        if (idle_ranks >= ranks) continue;
+        SCOPED_TRACE(std::to_string(ranks) + " ranks, ep_size " + std::to_string(ep_size) + ", " +
+                     std::to_string(idle_ranks) + " idle");
+        options.ep_size = ep_size;
+        options.idle_ranks = idle_ranks;
+        expect_equal_runs(reference, run(ranks, options), 1e-12);
+      }
+    }
+  }
+}
+
+TEST_P(SameAtAnyRankCount, Float32) {
+  TrainOptions options = small_run(GetParam());
+  options.dtype = kernels::DType::kFloat32;
+  const RunResult reference = train_domains(comm::self_group(), fixture_data(), options);
+  options.idle_ranks = 1;
+  for (const int64_t ep_size : {1, 4}) {
+    options.ep_size = ep_size;
+    expect_equal_runs(reference, run(4, options), 1e-5);
+  }
+}
+
+// Experts that the ranks do not divide, and ranks without any expert.
+TEST_P(SameAtAnyRankCount, AnyNumberOfExperts) {
+  TrainOptions options = small_run(GetParam());
+  for (const int64_t num_experts : {3, 5}) {
+    options.num_experts = num_experts;
+    const RunResult reference = train_domains(comm::self_group(), fixture_data(), options);
+    expect_equal_runs(reference, run(4, options), 1e-12);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Gates, SameAtAnyRankCount,
+                         ::testing::Values(GateKind::kTopK, GateKind::kHash, GateKind::kDense,
+                                           GateKind::kSingle),
+                         [](const auto& test) { return std::string(gate_name(test.param)); });
+
+TEST(TrainDomains, Repeats) {
+  const TrainOptions options = small_run(GateKind::kTopK);
+  const RunResult first = run(2, options);
+  const RunResult second = run(2, options);
+  EXPECT_EQ(first.losses, second.losses);
+  for (size_t i = 0; i < first.weights.size(); ++i) {
+    EXPECT_EQ(first.weights[i].values, second.weights[i].values);
+  }
+}
+
+TEST(TrainDomains, LossFalls) {
+  for (const GateKind gate :
+       {GateKind::kSingle, GateKind::kHash, GateKind::kTopK, GateKind::kDense}) {
+    for (const kernels::DType dtype : {kernels::DType::kFloat32, kernels::DType::kBFloat16}) {
+      TrainOptions options = small_run(gate);
+      options.dtype = dtype;
+      const RunResult result = train_domains(comm::self_group(), fixture_data(), options);
+      EXPECT_NEAR(result.losses.front(), std::log(10), .2) << gate_name(gate);
+      const double last = std::accumulate(result.losses.end() - 5, result.losses.end(), 0.0) / 5;
+      EXPECT_LT(last, .9 * result.losses.front()) << gate_name(gate);
+    }
+  }
+}
+
+TEST(TrainDomains, CountsAreRight) {
+  for (const GateKind gate :
+       {GateKind::kSingle, GateKind::kHash, GateKind::kTopK, GateKind::kDense}) {
+    TrainOptions options = small_run(gate);
+    options.train_iters = 2;
+    int64_t reports = 0;
+    const RunResult result =
+        train_domains(comm::self_group(), fixture_data(), options, [&](const StepReport& report) {
+          ++reports;
+          EXPECT_EQ(report.step, reports);
+          EXPECT_EQ(report.num_steps, 2);
+          EXPECT_GT(report.cross_entropy, 0);
+          EXPECT_GT(report.tokens_per_second, 0);
+        });
+    EXPECT_EQ(reports, 2);
+    const int64_t active = gate == GateKind::kTopK ? 2 : gate == GateKind::kDense ? 8 : 1;
+    if (gate != GateKind::kDense) {
+      EXPECT_NEAR(result.experts_per_token, static_cast<double>(active), .05);
+    }
+    EXPECT_EQ(std::accumulate(result.tokens_per_expert.begin(), result.tokens_per_expert.end(),
+                              int64_t{0}),
+              64 * active);
+    if (gate == GateKind::kSingle) {
+      EXPECT_EQ(result.max_vio, 7);
+      EXPECT_EQ(result.domain_nmi, 0);
+    }
+    int64_t parameters = 0;
+    for (const WeightDump& weight : result.weights) {
+      parameters += static_cast<int64_t>(weight.values.size());
+    }
+    EXPECT_EQ(parameters, count_parameters(options).total);
+  }
+}
+
+TEST(TrainDomains, StepsAndEpochs) {
+  TrainOptions options = small_run(GateKind::kTopK);
+  options.train_iters = 0;
+  options.epochs = 3;
+  EXPECT_EQ(num_steps(options, 256), 12);  // the last 24 images of an epoch are dropped
+  EXPECT_EQ(train_domains(comm::self_group(), fixture_data(), options).losses.size(), size_t{12});
+}
+
+TEST(TrainDomains, WrongSettings) {
+  const auto text_of = [](int ranks, const TrainOptions& options) {
+    return error_text<ConfigError>([&] { run(ranks, options); });
+  };
+  TrainOptions options = small_run(GateKind::kTopK);
+  options.global_batch_size = 257;
+  std::string text = text_of(1, options);
+  EXPECT_NE(text.find("global_batch_size=257"), std::string::npos) << text;
+  EXPECT_NE(text.find("1 to 256"), std::string::npos) << text;
+  options = small_run(GateKind::kTopK);
+  options.idle_ranks = 2;
+  text = text_of(2, options);
+  EXPECT_NE(text.find("idle_ranks=2"), std::string::npos) << text;
+  options = small_run(GateKind::kTopK);
+  options.ep_size = 3;
+  text = text_of(4, options);
+  EXPECT_NE(text.find("ep_size=3"), std::string::npos) << text;
+  options = small_run(GateKind::kTopK);
+  options.top_k = 9;
+  text = text_of(1, options);
+  EXPECT_NE(text.find("top_k=9"), std::string::npos) << text;
+  EXPECT_NE(text.find("num_experts=8"), std::string::npos) << text;
+}
+
+}  // namespace
+}  // namespace perseid::examples
