@@ -1,18 +1,31 @@
-# Finds LibTorch 2.11 and defines the imported targets Perseid::c10 and Perseid::torch_cpu, and
-# Perseid::libtorch that links both. LibTorch's own CMake files are not used: those of a CUDA wheel
-# stop on a machine without a CUDA toolkit. Installed beside PerseidConfig.cmake, which includes it.
+# Finds LibTorch and defines Perseid::libtorch. Sets perseid_torch_error to a sentence if it cannot.
+# LibTorch's own CMake files are not used: those of a CUDA wheel stop on a machine without a CUDA
+# toolkit. If the project has called find_package(Torch) already, its targets are taken.
+# Installed beside PerseidConfig.cmake, which includes it.
 set(PERSEID_TORCH_VERSION 2.11)
 set(PERSEID_TORCH_DIR "" CACHE PATH "Folder of LibTorch, with include/ and lib/ below it")
+set(perseid_torch_error "")
+if(TARGET Perseid::libtorch)
+  return()
+endif()
 
-if(PERSEID_TORCH_DIR)
-  set(perseid_torch_places "${PERSEID_TORCH_DIR}")
+set(perseid_torch_places "")
+if(TARGET torch_cpu)
+  get_target_property(location torch_cpu LOCATION)
+  get_filename_component(location "${location}/../.." ABSOLUTE)
+  list(APPEND perseid_torch_places "${location}")
+elseif(PERSEID_TORCH_DIR)
+  list(APPEND perseid_torch_places "${PERSEID_TORCH_DIR}")
 else()
-  file(GLOB perseid_torch_places
-    "${CMAKE_SOURCE_DIR}/.venv/lib/python3*/site-packages/torch")
+  # torch.utils.cmake_prefix_path is TORCH/share/cmake, Torch_DIR is TORCH/share/cmake/Torch.
   foreach(prefix IN LISTS CMAKE_PREFIX_PATH)
-    # torch.utils.cmake_prefix_path is TORCH/share/cmake
     list(APPEND perseid_torch_places "${prefix}" "${prefix}/../..")
   endforeach()
+  if(Torch_DIR)
+    list(APPEND perseid_torch_places "${Torch_DIR}/../../..")
+  endif()
+  file(GLOB wheels "${CMAKE_CURRENT_LIST_DIR}/../.venv/lib/python3*/site-packages/torch")
+  list(APPEND perseid_torch_places ${wheels})
 endif()
 
 unset(perseid_torch)
@@ -24,12 +37,17 @@ foreach(place IN LISTS perseid_torch_places)
 endforeach()
 if(NOT perseid_torch)
   list(JOIN perseid_torch_places ", " places)
-  message(FATAL_ERROR "Perseid needs LibTorch ${PERSEID_TORCH_VERSION} and found none in: ${places}\n"
-    "Install it with cmake/setup.sh, or set -DPERSEID_TORCH_DIR=<folder with include/ and lib/>")
+  if(places STREQUAL "")
+    set(places "CMAKE_PREFIX_PATH and PERSEID_TORCH_DIR, which are empty")
+  endif()
+  string(CONCAT perseid_torch_error "Perseid needs LibTorch ${PERSEID_TORCH_VERSION} and found none in "
+    "${places}; set -DPERSEID_TORCH_DIR=<folder with include/ and lib/>, in a Python environment "
+    "python3 -c 'import torch; print(torch.__path__[0])'")
+  return()
 endif()
 
 # Versions before 2.9 keep their numbers in another header; read whichever is there.
-set(perseid_torch_found "unknown")
+set(perseid_torch_found "of an unknown version")
 foreach(header IN ITEMS include/torch/headeronly/version.h include/torch/csrc/api/include/torch/version.h)
   if(EXISTS "${perseid_torch}/${header}")
     file(STRINGS "${perseid_torch}/${header}" lines REGEX "#define TORCH_VERSION_(MAJOR|MINOR|PATCH) [0-9]+")
@@ -40,25 +58,31 @@ foreach(header IN ITEMS include/torch/headeronly/version.h include/torch/csrc/ap
     endif()
   endif()
 endforeach()
-if(NOT perseid_torch_found MATCHES "^2\\.11\\.")
-  message(FATAL_ERROR "Perseid needs LibTorch ${PERSEID_TORCH_VERSION}, but ${perseid_torch} is "
-    "LibTorch ${perseid_torch_found}; set -DPERSEID_TORCH_DIR=<folder of LibTorch ${PERSEID_TORCH_VERSION}>")
+string(REPLACE "." "\\." version "${PERSEID_TORCH_VERSION}")
+if(NOT perseid_torch_found MATCHES "^${version}\\.")
+  string(CONCAT perseid_torch_error "Perseid needs LibTorch ${PERSEID_TORCH_VERSION}, but "
+    "${perseid_torch} is LibTorch ${perseid_torch_found}; "
+    "set -DPERSEID_TORCH_DIR=<folder of LibTorch ${PERSEID_TORCH_VERSION}>")
+  return()
 endif()
 message(STATUS "LibTorch ${perseid_torch_found}: ${perseid_torch}")
 
-foreach(library IN ITEMS c10 torch_cpu)
-  if(NOT TARGET Perseid::${library})
-    add_library(Perseid::${library} SHARED IMPORTED)
+# OpenMP is the thread pool that our code shares with LibTorch.
+add_library(Perseid::libtorch INTERFACE IMPORTED GLOBAL)
+if(TARGET torch_cpu)
+  set_target_properties(Perseid::libtorch PROPERTIES
+    INTERFACE_LINK_LIBRARIES "torch_cpu;c10"
+    INTERFACE_LINK_OPTIONS -fopenmp)
+else()
+  foreach(library IN ITEMS c10 torch_cpu)
+    add_library(Perseid::${library} SHARED IMPORTED GLOBAL)
     set_target_properties(Perseid::${library} PROPERTIES
       IMPORTED_LOCATION "${perseid_torch}/lib/lib${library}.so"
       INTERFACE_INCLUDE_DIRECTORIES
         "${perseid_torch}/include;${perseid_torch}/include/torch/csrc/api/include")
-  endif()
-endforeach()
-if(NOT TARGET Perseid::libtorch)
-  add_library(Perseid::libtorch INTERFACE IMPORTED)
+  endforeach()
   # The libraries behind torch_cpu (CUDA runtime, CUPTI) are found by its own run path.
   set_target_properties(Perseid::libtorch PROPERTIES
     INTERFACE_LINK_LIBRARIES "Perseid::torch_cpu;Perseid::c10"
-    INTERFACE_LINK_OPTIONS "LINKER:--unresolved-symbols=ignore-in-shared-libs")
+    INTERFACE_LINK_OPTIONS "-fopenmp;LINKER:--unresolved-symbols=ignore-in-shared-libs")
 endif()

@@ -31,10 +31,11 @@ struct TransferResult {
   enum class State : uint8_t {
     kDone,
     kTimedOut,  ///< `missing` sent nothing, or else took nothing, until the deadline
-    kGone,      ///< `missing` left the group; `text` says why
+    kGone,      ///< rank `gone` left the group, because of `missing` or itself; `text` says why
     kBroken     ///< `text` is the failing call and its error
   };
   State state = State::kDone;
+  int gone = -1;
   std::vector<int> missing;  ///< in rank order
   bool is_silent = true;     ///< nothing came from `missing`; else it did not take what we sent
   std::string text;
@@ -81,9 +82,9 @@ class Backend {
   virtual std::shared_ptr<Backend> split(const Subgroup& subgroup) = 0;
   /// A number that no group of this rank uses yet; what split() gets is agreed from these.
   virtual int64_t proposed_context() const { return 0; }
-  /// This rank makes no further call. Peers that wait for it need not wait longer, where they can
-  /// be told.
-  virtual void leave(const std::string& why) { static_cast<void>(why); }
+  /// This rank makes no further call, because of `culprit` (-1: nobody). Peers that wait for it
+  /// need not wait longer, where they can be told.
+  virtual void leave(const std::string& /*why*/, int /*culprit*/) {}
 
  private:
   int rank_;

@@ -168,9 +168,8 @@ void Collective::lose_peers(const TransferResult& result) {
       break;
     case TransferResult::State::kGone:
       detail.argument = "peer";
-      detail.value = ranks;
-      detail.limit =
-          "has left the group; nothing received from rank(s) " + ranks + ": " + result.text;
+      detail.value = to_text(result.gone);
+      detail.limit = "has left; nothing received from rank(s) " + ranks + ": " + result.text;
       break;
     default: {
       const size_t equals = result.text.find('=');
@@ -190,7 +189,7 @@ void Collective::fail(const std::string& text, bool is_by_peer, int culprit) {
   state.is_failed_by_peer = is_by_peer;
   state.failed_culprit = culprit;
   state.failed_text = text;
-  backend_.leave(text);
+  backend_.leave(text, culprit);
 }
 
 }  // namespace perseid::comm

@@ -87,7 +87,8 @@ class Board {
         job_ranks_(std::move(job_ranks)),
         slots_(job_ranks_.size() * job_ranks_.size()),
         has_left_(job_ranks_.size()),
-        why_(job_ranks_.size()) {}
+        why_(job_ranks_.size()),
+        culprits_(job_ranks_.size(), -1) {}
 
   Job& job() { return *job_; }
   int size() const { return static_cast<int>(job_ranks_.size()); }
@@ -98,10 +99,11 @@ class Board {
   bool is_gone(int rank) const {
     return has_left_[static_cast<size_t>(rank)].load() || job_->has_ended(job_rank(rank));
   }
-  void leave(int rank, const std::string& why) {
+  void leave(int rank, const std::string& why, int culprit) {
     {
       const std::lock_guard lock(job_->mutex());
       why_[static_cast<size_t>(rank)] = why;
+      culprits_[static_cast<size_t>(rank)] = culprit;
     }
     has_left_[static_cast<size_t>(rank)].store(true);
     job_->wake();
@@ -110,6 +112,10 @@ class Board {
     if (!has_left_[static_cast<size_t>(rank)].load()) return job_->why(job_rank(rank));
     const std::lock_guard lock(job_->mutex());
     return why_[static_cast<size_t>(rank)];
+  }
+  int culprit(int rank) {
+    const std::lock_guard lock(job_->mutex());
+    return culprits_[static_cast<size_t>(rank)];
   }
 
   /// The board of a new group; the first member to come makes it, the last one to come drops it
@@ -144,6 +150,7 @@ class Board {
   std::vector<Slot> slots_;     // [source, target]
   std::vector<std::atomic<bool>> has_left_;
   std::vector<std::string> why_;
+  std::vector<int> culprits_;
   std::map<JoinKey, Joining> joining_;
 };
 
@@ -172,7 +179,9 @@ class LocalBackend final : public Backend {
         result.state = TransferResult::State::kTimedOut;
       } else if (const int gone = find_gone(); gone >= 0) {
         result.state = TransferResult::State::kGone;
-        result.missing = {gone};
+        const int culprit = board_->culprit(gone);
+        result.gone = gone;
+        result.missing = {culprit >= 0 && culprit != rank() ? culprit : gone};
         result.text = board_->why(gone);
       }
     }
@@ -187,7 +196,7 @@ class LocalBackend final : public Backend {
     return std::make_shared<LocalBackend>(board_->join(subgroup), new_rank);
   }
 
-  void leave(const std::string& why) override { board_->leave(rank(), why); }
+  void leave(const std::string& why, int culprit) override { board_->leave(rank(), why, culprit); }
 
  private:
   Slot& incoming(int p) { return board_->slot(p, rank()); }

@@ -48,6 +48,10 @@ Outcome outcome_of(const std::exception_ptr& failure) {
     outcome.text = error.what();
     ErrorDetail detail = error.detail();
     detail.rank = -1;
+    if (outcome.is_agreed) {  // in which the ranks may just have disagreed
+      detail.layer = -1;
+      detail.step = -1;
+    }
     outcome.common_text = InternalError(std::move(detail)).what();
     return outcome;
   } catch (const std::bad_alloc&) {

@@ -72,6 +72,12 @@ const void* data_or_null(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
+// An autograd function takes no undefined tensor: what is absent travels as an empty one.
+Tensor or_empty(const Tensor& tensor) {
+  return tensor.defined() ? tensor : at::empty({0}, at::kFloat);
+}
+Tensor or_undefined(const Tensor& tensor) { return tensor.numel() > 0 ? tensor : Tensor(); }
+
 /// A gradient in the compute type and without gaps; undefined stays undefined.
 Tensor dense_gradient(const Tensor& gradient, at::ScalarType type) {
   return gradient.defined() ? gradient.to(type).contiguous() : gradient;
@@ -88,8 +94,9 @@ kernels::RouterInput kernel_input(const Tensor& logits, const Tensor& valid) {
 // non_finite_tokens, then score_sum and lse_square_sum as far as they are asked for.
 struct LinearRouter : torch::autograd::Function<LinearRouter> {
   static variable_list forward(AutogradContext* ctx, const Tensor& features, const Tensor& weight,
-                               const Tensor& bias, const Tensor& valid,
+                               const Tensor& bias_in, const Tensor& valid_in,
                                const LinearRouterOptions& options) {
+    const Tensor bias = or_undefined(bias_in), valid = or_undefined(valid_in);
     const kernels::Stream stream = stream_of(features);
     const Operands operands = form_logits(features, weight, bias);
     const kernels::RouterShape shape{features.size(0), weight.size(0), options.top_k};
@@ -115,7 +122,7 @@ struct LinearRouter : torch::autograd::Function<LinearRouter> {
     kernels::route(shape, options.scores, kernel_type(operands.logits.scalar_type()),
                    kernel_input(operands.logits, valid), output, stream);
 
-    ctx->save_for_backward({features, weight, bias, valid, outputs[1]});
+    ctx->save_for_backward({features, weight, bias_in, valid_in, outputs[1]});
     ctx->mark_non_differentiable({outputs[1], outputs[2], outputs[3]});
     ctx->set_materialize_grads(false);
     ctx->saved_data["score_function"] = static_cast<int64_t>(options.scores.score_function);
@@ -129,7 +136,8 @@ struct LinearRouter : torch::autograd::Function<LinearRouter> {
     require(!c10::GradMode::is_enabled(), "top_k_gate", "create_graph", true,
             "is not supported: the router has no second derivative");
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor &bias = saved[2], &valid = saved[3], &expert_idx = saved[4];
+    const Tensor bias = or_undefined(saved[2]), valid = or_undefined(saved[3]);
+    const Tensor& expert_idx = saved[4];
     const Operands operands = form_logits(saved[0], saved[1], bias);
     const at::ScalarType type = operands.logits.scalar_type();
     const int64_t num_tokens = operands.logits.size(0);
@@ -185,8 +193,8 @@ at::ScalarType router_compute_type(const Tensor& weight) {
 
 LinearRouterOutput linear_router(const Tensor& features, const Tensor& weight, const Tensor& bias,
                                  const Tensor& valid, const LinearRouterOptions& options) {
-  const variable_list outputs = LinearRouter::apply(
-      features, weight, bias, valid.defined() ? valid.contiguous() : valid, options);
+  const variable_list outputs =
+      LinearRouter::apply(features, weight, or_empty(bias), or_empty(valid).contiguous(), options);
   LinearRouterOutput output;
   output.weights = outputs[0];
   output.expert_idx = outputs[1];

@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <limits>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -37,8 +38,9 @@ Tensor offsets_of(const Tensor& lengths) {
 
 /// [A] int64 token of each assignment.
 Tensor token_of_assignment(const Routing& routing) {
-  const Tensor offsets = explicit_offsets(routing).to(at::kLong);
-  return at::repeat_interleave(row_lengths(offsets), routing.num_assignments());
+  const std::optional<int64_t> num_assignments = routing.num_assignments();
+  return at::repeat_interleave(row_lengths(explicit_offsets(routing)).to(at::kLong),
+                               num_assignments);
 }
 
 /// Sort key of weights: NaN goes last, whatever its position.
@@ -113,15 +115,13 @@ Routing without_invalid(const Routing& routing, const Tensor& valid) {
           "without_invalid", "valid", describe(valid),
           "is not bool[num_tokens=" + to_text(routing.num_tokens) + "]");
   if (valid.all().item<bool>()) return routing;
-  const Tensor offsets = explicit_offsets(routing);
-  const Tensor lengths = row_lengths(offsets);
-  const Tensor kept_pair = at::repeat_interleave(lengths.to(at::kLong), routing.num_assignments());
   // int32: the index is kept for the backward.
-  const Tensor kept = at::nonzero(valid.index_select(0, kept_pair)).squeeze(1).to(at::kInt);
+  const Tensor kept =
+      at::nonzero(valid.index_select(0, token_of_assignment(routing))).squeeze(1).to(at::kInt);
 
   Routing result = routing;
   result.top_k = 0;
-  result.token_offsets = offsets_of(lengths.mul(valid));
+  result.token_offsets = offsets_of(row_lengths(explicit_offsets(routing)).mul(valid));
   result.expert_idx = routing.expert_idx.index_select(0, kept);
   result.weights = routing.weights.index_select(0, kept);
   return result;

@@ -1,7 +1,8 @@
 // activation_forward, activation_backward: one pass over rows, element by element, arithmetic in
-// float32 (float64 for fp64). Forward reads num_rows * (gated ? 2F : F) elements and writes num_rows *
-// F; backward reads F more per row and writes up to 3F. Rows are dealt to threads; a row's sum is
-// formed by one thread in one order, so results do not depend on the number of threads.
+// float32 (float64 for fp64). Forward reads num_rows * (gated ? 2F : F) elements and writes
+// num_rows * F; backward reads F more per row and writes up to 3F. Rows are dealt to threads; a
+// row's sum is formed by one thread in one order, so results do not depend on the number of
+// threads.
 #include "kernels/activation.h"
 
 #include <algorithm>
@@ -20,7 +21,8 @@ namespace {
 /// Fewer elements take less time than waking a thread.
 constexpr int64_t kElementsPerThread = int64_t{1} << 14;
 
-/// f(x) and f'(x). NaN stays NaN: comparisons are written so that it takes the branch that keeps it.
+/// f(x) and f'(x). NaN stays NaN: comparisons are written so that it takes the branch that keeps
+/// it.
 template <typename A>
 struct Point {
   A value;
@@ -56,16 +58,21 @@ PERSEID_INLINE void dispatch_shape(const ActivationShape& shape, Body body) {
     }
   };
   switch (shape.activation) {
-    case Activation::kIdentity: return with_tag(ActivationTag<Activation::kIdentity>{});
-    case Activation::kRelu: return with_tag(ActivationTag<Activation::kRelu>{});
-    case Activation::kGelu: return with_tag(ActivationTag<Activation::kGelu>{});
-    case Activation::kSilu: return with_tag(ActivationTag<Activation::kSilu>{});
+    case Activation::kIdentity:
+      return with_tag(ActivationTag<Activation::kIdentity>{});
+    case Activation::kRelu:
+      return with_tag(ActivationTag<Activation::kRelu>{});
+    case Activation::kGelu:
+      return with_tag(ActivationTag<Activation::kGelu>{});
+    case Activation::kSilu:
+      return with_tag(ActivationTag<Activation::kSilu>{});
   }
 }
 
-// ---- rows ----------------------------------------------------------------------------------------
-// Tiles of gate and up lie far apart, which hides the pattern from the hardware: each tile asks for
-// the same one of the next row.
+// ---- rows
+// ---------------------------------------------------------------------------------------- Tiles of
+// gate and up lie far apart, which hides the pattern from the hardware: each tile asks for the same
+// one of the next row.
 template <Activation kActivation, bool kGated, typename T>
 PERSEID_INLINE void forward_row(const T* pre, Accumulate<T> weight, int64_t d_ff, T* out) {
   using A = Accumulate<T>;
@@ -136,23 +143,27 @@ PERSEID_INLINE Accumulate<T> backward_row(const T* pre, Accumulate<T> weight, co
   return sum;
 }
 
-int64_t pre_width(const ActivationShape& shape) { return shape.gated ? 2 * shape.d_ff : shape.d_ff; }
+int64_t pre_width(const ActivationShape& shape) {
+  return shape.gated ? 2 * shape.d_ff : shape.d_ff;
+}
 
 template <typename T>
 PERSEID_SIMD_CLONES void forward_rows(const ActivationShape& shape, const T* pre,
                                       const Accumulate<T>* weights, T* out, int64_t begin,
                                       int64_t end) {
   const int64_t width = shape.gated ? 2 * shape.d_ff : shape.d_ff;
-  dispatch_shape(shape, [&](auto tag, auto gated) __attribute__((always_inline)) {
-    for (int64_t r = begin; r < end; ++r) {
-      const Accumulate<T> weight = weights == nullptr ? Accumulate<T>{1} : weights[r];
-      forward_row<decltype(tag)::value, decltype(gated)::value>(pre + r * width, weight, shape.d_ff,
-                                                                out + r * shape.d_ff);
-    }
-  });
+  dispatch_shape(
+      shape, [&](auto tag, auto gated) __attribute__((always_inline)) {
+        for (int64_t r = begin; r < end; ++r) {
+          const Accumulate<T> weight = weights == nullptr ? Accumulate<T>{1} : weights[r];
+          forward_row<decltype(tag)::value, decltype(gated)::value>(
+              pre + r * width, weight, shape.d_ff, out + r * shape.d_ff);
+        }
+      });
 }
 
-/// Null outputs go to one row of scratch, [3F], that is written over and over and stays in the cache.
+/// Null outputs go to one row of scratch, [3F], that is written over and over and stays in the
+/// cache.
 template <typename T>
 struct BackwardBuffers {
   const T* pre;
@@ -168,18 +179,21 @@ PERSEID_SIMD_CLONES void backward_rows(const ActivationShape& shape, const Backw
                                        T* scratch, int64_t begin, int64_t end) {
   const int64_t d_ff = shape.d_ff;
   const int64_t width = shape.gated ? 2 * d_ff : d_ff;
-  dispatch_shape(shape, [&](auto tag, auto gated) __attribute__((always_inline)) {
-    for (int64_t r = begin; r < end; ++r) {
-      const Accumulate<T> sum = backward_row<decltype(tag)::value, decltype(gated)::value>(
-          at.pre + r * width, at.weights == nullptr ? Accumulate<T>{1} : at.weights[r],
-          at.grad_act + r * d_ff, d_ff, at.grad_pre == nullptr ? scratch : at.grad_pre + r * width,
-          at.weighted_act == nullptr ? scratch + 2 * d_ff : at.weighted_act + r * d_ff);
-      if (at.grad_weights != nullptr) at.grad_weights[r] = sum;
-    }
-  });
+  dispatch_shape(
+      shape, [&](auto tag, auto gated) __attribute__((always_inline)) {
+        for (int64_t r = begin; r < end; ++r) {
+          const Accumulate<T> sum = backward_row<decltype(tag)::value, decltype(gated)::value>(
+              at.pre + r * width, at.weights == nullptr ? Accumulate<T>{1} : at.weights[r],
+              at.grad_act + r * d_ff, d_ff,
+              at.grad_pre == nullptr ? scratch : at.grad_pre + r * width,
+              at.weighted_act == nullptr ? scratch + 2 * d_ff : at.weighted_act + r * d_ff);
+          if (at.grad_weights != nullptr) at.grad_weights[r] = sum;
+        }
+      });
 }
 
-// ---- checks --------------------------------------------------------------------------------------
+// ---- checks
+// --------------------------------------------------------------------------------------
 void check(const char* operation, const ActivationShape& shape, const void* pre) {
   require_count(operation, "num_rows", shape.num_rows);
   require_count(operation, "d_ff", shape.d_ff);
@@ -195,8 +209,10 @@ int64_t rows_per_thread(const ActivationShape& shape) {
 /// f and f' in double, by their definitions.
 Point<double> evaluate_reference(Activation activation, double x) {
   switch (activation) {
-    case Activation::kIdentity: return {x, 1.0};
-    case Activation::kRelu: return {x < 0.0 ? 0.0 : x, x <= 0.0 ? 0.0 : 1.0};
+    case Activation::kIdentity:
+      return {x, 1.0};
+    case Activation::kRelu:
+      return {x < 0.0 ? 0.0 : x, x <= 0.0 ? 0.0 : 1.0};
     case Activation::kGelu: {
       const double cdf = 0.5 * std::erfc(-x / std::sqrt(2.0));
       const double density = std::exp(-0.5 * x * x) / std::sqrt(2.0 * 3.14159265358979323846);
@@ -212,7 +228,8 @@ Point<double> evaluate_reference(Activation activation, double x) {
 
 }  // namespace
 
-// ---- forward -------------------------------------------------------------------------------------
+// ---- forward
+// -------------------------------------------------------------------------------------
 void activation_forward(const ActivationShape& shape, DType dtype, const void* pre,
                         const void* weights, void* out, Stream stream) {
   constexpr const char* kOperation = "activation_forward";
@@ -246,7 +263,8 @@ void activation_forward_reference(const ActivationShape& shape, DType dtype, con
   });
 }
 
-// ---- backward ------------------------------------------------------------------------------------
+// ---- backward
+// ------------------------------------------------------------------------------------
 void activation_backward(const ActivationShape& shape, DType dtype, const void* pre,
                          const void* weights, const void* grad_act, void* grad_pre,
                          void* weighted_act, void* grad_weights, Stream stream) {
@@ -257,9 +275,9 @@ void activation_backward(const ActivationShape& shape, DType dtype, const void* 
   dispatch_dtype(dtype, kOperation, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;
-    const BackwardBuffers<T> buffers{static_cast<const T*>(pre),      static_cast<const A*>(weights),
-                                     static_cast<const T*>(grad_act), static_cast<T*>(grad_pre),
-                                     static_cast<T*>(weighted_act),   static_cast<A*>(grad_weights)};
+    const BackwardBuffers<T> buffers{
+        static_cast<const T*>(pre), static_cast<const A*>(weights), static_cast<const T*>(grad_act),
+        static_cast<T*>(grad_pre),  static_cast<T*>(weighted_act),  static_cast<A*>(grad_weights)};
     const bool needs_scratch = grad_pre == nullptr || weighted_act == nullptr;
     parallel_for(0, shape.num_rows, rows_per_thread(shape), [&](int64_t begin, int64_t end) {
       std::vector<T> scratch(needs_scratch ? static_cast<size_t>(3 * shape.d_ff) : 0);
@@ -292,7 +310,8 @@ void activation_backward_reference(const ActivationShape& shape, DType dtype, co
           if (shape.gated) store(grad_gate + d_ff + i, static_cast<A>(weight * grad * f.value));
         }
         if (weighted_act != nullptr) {
-          store(static_cast<T*>(weighted_act) + r * d_ff + i, static_cast<A>(weight * f.value * up));
+          store(static_cast<T*>(weighted_act) + r * d_ff + i,
+                static_cast<A>(weight * f.value * up));
         }
       }
       if (grad_weights != nullptr) static_cast<A*>(grad_weights)[r] = static_cast<A>(sum);

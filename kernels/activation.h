@@ -9,8 +9,8 @@ namespace perseid::kernels {
 /// f of an expert. Gelu is the exact one, x * normcdf(x).
 enum class Activation : uint8_t { kIdentity, kRelu, kGelu, kSilu };
 
-/// act = f(pre) for plain experts; act = f(gate) * up for gated ones (SwiGLU, GEGLU), whose `pre` row
-/// holds gate then up, F wide each.
+/// act = f(pre) for plain experts; act = f(gate) * up for gated ones (SwiGLU, GEGLU), whose `pre`
+/// row holds gate then up, F wide each.
 struct ActivationShape {
   int64_t num_rows = 0;
   int64_t d_ff = 0;  ///< F, the width of one of gate and up
@@ -29,7 +29,8 @@ void activation_forward_reference(const ActivationShape& shape, DType dtype, con
 
 /// One pass of the backward. With g = grad_act[r, :], the gradient of the *unweighted* product that
 /// follows (dOut W2), and s = weights[r]:
-///   grad_weights[r] = <g, act>      grad_pre[r] = d(act)/d(pre) applied to s * g      weighted_act[r] = s * act
+///   grad_weights[r] = <g, act>      grad_pre[r] = d(act)/d(pre) applied to s * g weighted_act[r] =
+///   s * act
 /// so the gradient of a routing weight needs no expert output. Null outputs are not written.
 /// @param grad_act      [num_rows, F] of `dtype`
 /// @param grad_pre      [num_rows, gated ? 2F : F] of `dtype`; may not overlap `pre`

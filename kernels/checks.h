@@ -31,8 +31,10 @@ inline void require_buffer(const char* operation, const char* argument, const vo
 template <typename Body>
 decltype(auto) dispatch_float_dtype(DType dtype, const char* operation, Body&& body) {
   switch (dtype) {
-    case DType::kFloat32: return body(float{});
-    case DType::kFloat64: return body(double{});
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kFloat64:
+      return body(double{});
     default:
       throw ConfigError(ErrorDetail{operation, "dtype", dtype_name(dtype),
                                     "is not supported; choose fp32 or fp64"});

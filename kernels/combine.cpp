@@ -1,7 +1,7 @@
-// combine, combine_backward: weighted sums of rows and their transposes, in float32 (float64 for fp64).
-// combine reads A*width and writes num_out*num_gates*width elements; combine_backward reads and writes
-// each of the A rows once per gate and product. Outputs are dealt to threads and each sum is formed by
-// one thread in the order of its entries: deterministic for any thread count.
+// combine, combine_backward: weighted sums of rows and their transposes, in float32 (float64 for
+// fp64). combine reads A*width and writes num_out*num_gates*width elements; combine_backward reads
+// and writes each of the A rows once per gate and product. Outputs are dealt to threads and each
+// sum is formed by one thread in the order of its entries: deterministic for any thread count.
 #include "kernels/combine.h"
 
 #include <algorithm>
@@ -61,7 +61,8 @@ PERSEID_INLINE auto weight_of(const Job& job, int64_t entry, int64_t gate) {
   return job.weights == nullptr ? A{1} : job.weights[entry * job.num_gates + gate];
 }
 
-// ---- combine -------------------------------------------------------------------------------------
+// ---- combine
+// -------------------------------------------------------------------------------------
 /// Four rows at a time keep the sums in registers and several cache misses in flight.
 template <typename T>
 PERSEID_INLINE void add_entries(const CombineJob<T>& job, EntryRange entries, int64_t gate,
@@ -73,7 +74,7 @@ PERSEID_INLINE void add_entries(const CombineJob<T>& job, EntryRange entries, in
   int64_t entry = entries.begin;
   for (; entry + 4 <= entries.end; entry += 4) {
     const T *const r0 = row(entry), *const r1 = row(entry + 1), *const r2 = row(entry + 2),
-                  *const r3 = row(entry + 3);
+                   *const r3 = row(entry + 3);
     const A w0 = weight_of(job, entry, gate), w1 = weight_of(job, entry + 1, gate),
             w2 = weight_of(job, entry + 2, gate), w3 = weight_of(job, entry + 3, gate);
 #pragma omp simd
@@ -113,7 +114,8 @@ PERSEID_SIMD_CLONES void combine_outputs(const CombineJob<T>& job, int64_t begin
   }
 }
 
-// ---- backward ------------------------------------------------------------------------------------
+// ---- backward
+// ------------------------------------------------------------------------------------
 template <typename T>
 PERSEID_INLINE Accumulate<T> dot(const T* a, const T* b, int64_t width) {
   Accumulate<T> sum = 0;
@@ -185,13 +187,14 @@ PERSEID_SIMD_CLONES void combine_outputs_backward(const BackwardJob<T>& job, int
   }
 }
 
-// ---- checks --------------------------------------------------------------------------------------
+// ---- checks
+// --------------------------------------------------------------------------------------
 void check(const char* operation, const CombineIndex& index, const void* weights, int64_t num_gates,
            int64_t num_out, int64_t width) {
   require_count(operation, "num_out", num_out);
   require_count(operation, "width", width);
   require_count(operation, "fixed", index.fixed);
-  require_count(operation, "num_gates", num_gates);
+  require(num_gates >= 1, operation, "num_gates", num_gates, "is below 1; choose 1 or more");
   require(weights != nullptr || num_gates == 1, operation, "num_gates", num_gates,
           "differs from 1, but weights=null; pass weights or choose 1");
 }
@@ -211,12 +214,9 @@ void combine(const void* rows, const CombineIndex& index, const void* weights, i
   require_buffer("combine", "out", out, num_out * num_gates * width);
   dispatch_dtype(dtype, "combine", [&](auto element) {
     using T = decltype(element);
-    const CombineJob<T> job{static_cast<const T*>(rows),
-                            index,
-                            static_cast<const Accumulate<T>*>(weights),
-                            num_gates,
-                            static_cast<T*>(out),
-                            width};
+    const CombineJob<T> job{
+        static_cast<const T*>(rows), index, static_cast<const Accumulate<T>*>(weights), num_gates,
+        static_cast<T*>(out),        width};
     parallel_for(0, num_out, outputs_per_thread(index, num_gates, width),
                  [&](int64_t begin, int64_t end) { combine_outputs(job, begin, end); });
   });
@@ -236,8 +236,8 @@ void combine_reference(const void* rows, const CombineIndex& index, const void* 
           for (int64_t entry = entries.begin; entry < entries.end; ++entry) {
             const double weight =
                 weights == nullptr ? 1.0 : static_cast<const A*>(weights)[entry * num_gates + gate];
-            sum += weight *
-                   load(static_cast<const T*>(rows) + row_of_entry(index, entry) * width + i);
+            sum +=
+                weight * load(static_cast<const T*>(rows) + row_of_entry(index, entry) * width + i);
           }
           store(static_cast<T*>(out) + (n * num_gates + gate) * width + i, static_cast<A>(sum));
         }

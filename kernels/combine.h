@@ -27,8 +27,9 @@ void combine_reference(const void* rows, const CombineIndex& index, const void* 
                        int64_t num_gates, void* out, int64_t num_out, int64_t width, DType dtype);
 
 /// The transposes of combine. Either pointer may be null.
-/// grad_rows[row(a), :] = sum over g of weights[a, g] * grad_out[n(a), g, :]  (each row has one entry)
-/// grad_weights[a, g] = <grad_out[n(a), g, :], rows[row(a), :]>  (`rows` may be null if not asked)
+/// grad_rows[row(a), :] = sum over g of weights[a, g] * grad_out[n(a), g, :]  (each row has one
+/// entry) grad_weights[a, g] = <grad_out[n(a), g, :], rows[row(a), :]>  (`rows` may be null if not
+/// asked)
 void combine_backward(const void* grad_out, const void* rows, const CombineIndex& index,
                       const void* weights, int64_t num_gates, void* grad_rows, void* grad_weights,
                       int64_t num_out, int64_t width, DType dtype, Stream stream = {});

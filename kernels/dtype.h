@@ -9,7 +9,14 @@
 namespace perseid::kernels {
 
 /// Element types. The numbers travel in the exchange header, so they never change.
-enum class DType : uint8_t { kBytes = 0, kFloat32 = 1, kBFloat16 = 2, kFloat64 = 3, kInt32 = 4, kInt64 = 5 };
+enum class DType : uint8_t {
+  kBytes = 0,
+  kFloat32 = 1,
+  kBFloat16 = 2,
+  kFloat64 = 3,
+  kInt32 = 4,
+  kInt64 = 5
+};
 
 /// bfloat16 storage. Arithmetic is done in float; rounding is to nearest even, NaN stays NaN.
 struct BFloat16 {
@@ -45,16 +52,19 @@ PERSEID_INLINE void store(float* p, float x) { *p = x; }
 PERSEID_INLINE void store(double* p, double x) { *p = x; }
 PERSEID_INLINE void store(BFloat16* p, float x) { *p = to_bfloat16(x); }
 
-const char* dtype_name(DType dtype);    ///< "fp32", "bf16", ...
-int64_t dtype_bytes(DType dtype);       ///< bytes of one element
+const char* dtype_name(DType dtype);  ///< "fp32", "bf16", ...
+int64_t dtype_bytes(DType dtype);     ///< bytes of one element
 
 /// Calls body(T{}) with T = float, BFloat16 or double. Throws ConfigError that lists them.
 template <typename Body>
 decltype(auto) dispatch_dtype(DType dtype, const char* operation, Body&& body) {
   switch (dtype) {
-    case DType::kFloat32: return body(float{});
-    case DType::kBFloat16: return body(BFloat16{});
-    case DType::kFloat64: return body(double{});
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
+    case DType::kFloat64:
+      return body(double{});
     default:
       throw ConfigError(ErrorDetail{operation, "dtype", dtype_name(dtype),
                                     "is not supported; choose bf16, fp32 or fp64"});

@@ -31,11 +31,11 @@ class Error : public std::runtime_error {
   ErrorDetail detail_;
 };
 
-#define PERSEID_DEFINE_ERROR(Name, code)                          \
-  class Name : public Error {                                     \
-   public:                                                        \
-    using Error::Error;                                           \
-    int exit_code() const noexcept override { return code; }      \
+#define PERSEID_DEFINE_ERROR(Name, code)                     \
+  class Name : public Error {                                \
+   public:                                                   \
+    using Error::Error;                                      \
+    int exit_code() const noexcept override { return code; } \
   }
 PERSEID_DEFINE_ERROR(ConfigError, 64);    ///< usage or configuration
 PERSEID_DEFINE_ERROR(DataError, 65);      ///< bad data

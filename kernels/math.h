@@ -48,8 +48,8 @@ struct Normal {
   A density;
 };
 
-/// cdf(-a) = e^(-a^2/2) t P(t) with t = 1/(1 + 0.32 a): P is a Chebyshev fit, good to 6e-8 relative,
-/// so the lower tail keeps its relative accuracy; 1 - cdf(-a) gives the upper half.
+/// cdf(-a) = e^(-a^2/2) t P(t) with t = 1/(1 + 0.32 a): P is a Chebyshev fit, good to 6e-8
+/// relative, so the lower tail keeps its relative accuracy; 1 - cdf(-a) gives the upper half.
 PERSEID_INLINE Normal<float> normal(float x) {
   const float a = std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0x7FFFFFFFu);
   const float e = exp_of(-0.5f * (x * x));
@@ -68,7 +68,8 @@ PERSEID_INLINE Normal<float> normal(float x) {
   return {x < 0.0f ? tail : 1.0f - tail, e * 0.3989422804014327f};
 }
 PERSEID_INLINE Normal<double> normal(double x) {
-  return {0.5 * std::erfc(-x * 0.70710678118654752440), std::exp(-0.5 * x * x) * 0.3989422804014327};
+  return {0.5 * std::erfc(-x * 0.70710678118654752440),
+          std::exp(-0.5 * x * x) * 0.3989422804014327};
 }
 
 }  // namespace perseid::kernels

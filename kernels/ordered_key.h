@@ -19,10 +19,9 @@ template <typename T>
 inline constexpr UnsignedKey<T> kSignBit = UnsignedKey<T>{1} << (8 * sizeof(T) - 1);
 /// Bits of +inf, and the greatest magnitude that is not NaN.
 template <typename T>
-inline constexpr UnsignedKey<T> kInfinityBits = sizeof(T) == 4
-                                                    ? UnsignedKey<T>{0x7F800000u}
-                                                    : static_cast<UnsignedKey<T>>(
-                                                          0x7FF0000000000000ull);
+inline constexpr UnsignedKey<T> kInfinityBits =
+    sizeof(T) == 4 ? UnsignedKey<T>{0x7F800000u}
+                   : static_cast<UnsignedKey<T>>(0x7FF0000000000000ull);
 
 /// The order of the result as a signed integer is the order of the values.
 template <typename T>
@@ -47,8 +46,8 @@ PERSEID_INLINE UnsignedKey<T> unsigned_key(T value) {
 template <typename T>
 PERSEID_INLINE T value_of_key(SignedKey<T> key) {
   using Key = UnsignedKey<T>;
-  return std::bit_cast<T>(key ^
-                          static_cast<SignedKey<T>>(static_cast<Key>(key >> (8 * sizeof(T) - 1)) >> 1));
+  return std::bit_cast<T>(
+      key ^ static_cast<SignedKey<T>>(static_cast<Key>(key >> (8 * sizeof(T) - 1)) >> 1));
 }
 
 }  // namespace perseid::kernels

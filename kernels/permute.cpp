@@ -1,5 +1,6 @@
 // permute, unpermute: copies of whole rows by index. Read and write num_rows * row_bytes bytes, no
-// arithmetic. Bound by memory; rows of one element, such as weights, are moved without memcpy calls.
+// arithmetic. Bound by memory; rows of one element, such as weights, are moved without memcpy
+// calls.
 #include "kernels/permute.h"
 
 #include <algorithm>
@@ -31,11 +32,16 @@ void copy_rows(const char* rows, char* out, int64_t num_rows, int64_t row_bytes,
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread / row_bytes);
   parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
     switch (row_bytes) {
-      case 2: return copy_small<2>(rows, out, begin, end, source, target);
-      case 4: return copy_small<4>(rows, out, begin, end, source, target);
-      case 8: return copy_small<8>(rows, out, begin, end, source, target);
-      case 16: return copy_small<16>(rows, out, begin, end, source, target);
-      default: break;
+      case 2:
+        return copy_small<2>(rows, out, begin, end, source, target);
+      case 4:
+        return copy_small<4>(rows, out, begin, end, source, target);
+      case 8:
+        return copy_small<8>(rows, out, begin, end, source, target);
+      case 16:
+        return copy_small<16>(rows, out, begin, end, source, target);
+      default:
+        break;
     }
     for (int64_t i = begin; i < end; ++i) {
       if (i + kRowsAhead < end) {

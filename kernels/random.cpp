@@ -11,8 +11,8 @@ namespace {
 void store_once(double* p, double x) { *p = x; }
 void store_once(float* p, double x) { *p = static_cast<float>(x); }
 
-/// Rounding to float first may land on a tie that the double was not. Round to odd instead: then the
-/// second rounding sees whether anything was cut off.
+/// Rounding to float first may land on a tie that the double was not. Round to odd instead: then
+/// the second rounding sees whether anything was cut off.
 void store_once(BFloat16* p, double x) {
   float nearest = static_cast<float>(x);
   if (static_cast<double>(nearest) != x) {

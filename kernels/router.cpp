@@ -1,7 +1,7 @@
 // route, route_backward: one pass over the logits, row by row. route reads T*E and writes 2*T*K
 // elements; route_backward reads and writes T*E. Arithmetic in the type of the logits, sums over
-// tokens in double over fixed blocks of tokens that are added in order: the same bits for any number
-// of threads. Rows with a NaN or an infinite maximum take the plain path of router_token.h.
+// tokens in double over fixed blocks of tokens that are added in order: the same bits for any
+// number of threads. Rows with a NaN or an infinite maximum take the plain path of router_token.h.
 #include "kernels/router.h"
 
 #include <algorithm>
@@ -47,15 +47,15 @@ struct Scratch {
         choice_logits(padded(shape.top_k)),
         choice_scores(padded(shape.top_k)),
         expert_idx(static_cast<size_t>(shape.top_k + 1)),
-        choice_keys(static_cast<size_t>(shape.top_k)) {}
+        select(shape.num_experts, shape.top_k) {}
   LaneBuffer<T> logits;
   LaneBuffer<SignedKey<T>> keys;
   LaneBuffer<T> exps;
   LaneBuffer<T> sigmoids;
   LaneBuffer<T> choice_logits;
   LaneBuffer<T> choice_scores;
-  std::vector<int32_t> expert_idx;          ///< one more than K: a place for what is not chosen
-  std::vector<SignedKey<T>> choice_keys;
+  std::vector<int32_t> expert_idx;  ///< one more than K: a place for what is not chosen
+  SelectScratch<SignedKey<T>> select;
   TokenRoute token;
 };
 
@@ -115,8 +115,8 @@ PERSEID_INLINE void sigmoid_row(const T* z, int64_t count, T* sigmoids) {
 }
 
 /// Shares of softmax(log sigmoid(z)), not yet divided by their sum, which is returned. They are
-/// sigmoids, all scaled by e^c with c = max(0, -max z), so that rows of very negative logits neither
-/// underflow nor need a logarithm: e^c / (1 + e^-z) = 1 / (e^-c + e^-(z + c)).
+/// sigmoids, all scaled by e^c with c = max(0, -max z), so that rows of very negative logits
+/// neither underflow nor need a logarithm: e^c / (1 + e^-z) = 1 / (e^-c + e^-(z + c)).
 template <typename T>
 PERSEID_INLINE T sigmoid_shares(const T* z, T max, int64_t count, T* shares) {
   const T c = max < T{0} ? -max : T{0};
@@ -195,8 +195,8 @@ template <typename T>
 void route_exception(const RouteJob<T>& job, int64_t t, Scratch<T>& scratch, BlockSums& sums) {
   const int64_t top_k = job.shape.top_k;
   TokenRoute& token = scratch.token;
-  route_token(job.shape, job.options, job.logits + t * job.shape.num_experts,
-              job.input.expert_bias, token);
+  route_token(job.shape, job.options, job.logits + t * job.shape.num_experts, job.input.expert_bias,
+              token);
   for (int64_t k = 0; k < top_k; ++k) {
     scratch.expert_idx[k] = token.expert_idx[k];
     if (job.weights != nullptr) job.weights[t * top_k + k] = static_cast<T>(token.weights[k]);
@@ -231,8 +231,7 @@ PERSEID_INLINE void route_row(const RouteJob<T>& job, int64_t t, Scratch<T>& scr
                 is_sigmoid ? T{1} : T{1} / exp_sum, job.input.expert_bias, num_experts,
                 scratch.keys.data());
   }
-  select_top_k<T>(scratch.keys.data(), num_experts, job.shape.top_k, scratch.choice_keys.data(),
-                  expert_idx);
+  select_top_k<T>(scratch.keys.data(), num_experts, job.shape.top_k, scratch.select, expert_idx);
   if (job.input.expert_bias != nullptr) {
     sort_by_logit(z, job.shape.top_k, expert_idx);
     // Biases of -inf can leave only masked experts, whose softmax has no finite maximum.
@@ -299,7 +298,8 @@ void route_all(const RouteJob<T>& job) {
       score_sum += sums.score_sum[e];
       tokens += sums.tokens_per_expert[e];
     }
-    if (output.score_sum != nullptr) static_cast<T*>(output.score_sum)[e] = static_cast<T>(score_sum);
+    if (output.score_sum != nullptr)
+      static_cast<T*>(output.score_sum)[e] = static_cast<T>(score_sum);
     if (output.tokens_per_expert != nullptr) output.tokens_per_expert[e] = tokens;
   }
   double lse_square_sum = 0;
@@ -324,8 +324,14 @@ void route(const RouterShape& shape, const RouterOptions& options, DType dtype,
     using T = decltype(tag);
     const bool is_softmax = options.score_function == ScoreFunction::kSoftmax;
     const bool has_bias = input.expert_bias != nullptr;
-    RouteJob<T> job{shape, options, input, output, static_cast<const T*>(input.logits),
-                    static_cast<T*>(output.weights), false, false};
+    RouteJob<T> job{shape,
+                    options,
+                    input,
+                    output,
+                    static_cast<const T*>(input.logits),
+                    static_cast<T*>(output.weights),
+                    false,
+                    false};
     job.needs_softmax =
         output.lse_square_sum != nullptr ||
         (is_softmax && (output.score_sum != nullptr || has_bias || !options.normalize));

@@ -5,8 +5,8 @@
 #include "kernels/stream.h"
 
 // Scores of a top-k router, the selection of K experts per token, their weights, and sums for the
-// losses. Formulas: softmax after top-k (Shazeer 2017), softmax before (Switch 2021), sigmoid with a
-// selection bias (DeepSeek-V3 2024), z-loss (ST-MoE 2022).
+// losses. Formulas: softmax after top-k (Shazeer 2017), softmax before (Switch 2021), sigmoid with
+// a selection bias (DeepSeek-V3 2024), z-loss (ST-MoE 2022).
 
 namespace perseid::kernels {
 
@@ -20,8 +20,8 @@ struct RouterShape {
 
 struct RouterOptions {
   ScoreFunction score_function = ScoreFunction::kSoftmax;
-  /// true: weights are divided by their sum over the selection (softmax: equals the softmax over the
-  /// K selected logits). false: weights are the scores themselves.
+  /// true: weights are divided by their sum over the selection (softmax: equals the softmax over
+  /// the K selected logits). false: weights are the scores themselves.
   bool normalize = true;
   double route_scale = 1.0;  ///< every weight is multiplied by it
 };
@@ -29,26 +29,30 @@ struct RouterOptions {
 /// Inputs. `logits` [T, E] is float32 or float64; so are all floating outputs.
 struct RouterInput {
   const void* logits = nullptr;
-  const float* expert_bias = nullptr;  ///< [E] added to the score for the selection only; may be null
-  const uint8_t* valid = nullptr;      ///< [T] 1 = a real token; null = all are. Others select nothing
+  const float* expert_bias =
+      nullptr;                     ///< [E] added to the score for the selection only; may be null
+  const uint8_t* valid = nullptr;  ///< [T] 1 = a real token; null = all are. Others select nothing
 };
 
 /// Outputs; a null pointer is not written.
 struct RouterOutput {
-  int32_t* expert_idx = nullptr;         ///< [T, K] weight descending, equal scores by smaller id; -1 if invalid
-  void* weights = nullptr;               ///< [T, K] 0 where expert_idx is -1
-  void* score_sum = nullptr;             ///< [E] sum over valid tokens of softmax(logits) or, for sigmoid scores, of softmax(log sigmoid(logits))
-  void* lse_square_sum = nullptr;        ///< [1] sum over valid tokens of logsumexp(logits)^2
+  int32_t* expert_idx =
+      nullptr;              ///< [T, K] weight descending, equal scores by smaller id; -1 if invalid
+  void* weights = nullptr;  ///< [T, K] 0 where expert_idx is -1
+  void* score_sum = nullptr;       ///< [E] sum over valid tokens of softmax(logits) or, for sigmoid
+                                   ///< scores, of softmax(log sigmoid(logits))
+  void* lse_square_sum = nullptr;  ///< [1] sum over valid tokens of logsumexp(logits)^2
   int64_t* tokens_per_expert = nullptr;  ///< [E] assignments
-  int64_t* non_finite_tokens = nullptr;  ///< [1] valid tokens with a NaN or an infinity in their logits
+  int64_t* non_finite_tokens =
+      nullptr;  ///< [1] valid tokens with a NaN or an infinity in their logits
 };
 
 /// Selection is on the logit (softmax without bias) or on score + bias, in the type of the logits:
 /// larger first, then smaller id; -0 equals +0; NaN counts as -inf, and slots left without a
 /// candidate above -inf take the smallest unused ids. Weights follow the formula, so a NaN stays
 /// visible. One +inf gives weight 1 on it; a row of -inf gives 1/K each.
-/// Sums over tokens are formed in double over fixed blocks of tokens: same bits for any thread count.
-/// Reads T*E, writes T*K*2 elements.
+/// Sums over tokens are formed in double over fixed blocks of tokens: same bits for any thread
+/// count. Reads T*E, writes T*K*2 elements.
 void route(const RouterShape& shape, const RouterOptions& options, DType dtype,
            const RouterInput& input, const RouterOutput& output, Stream stream = {});
 void route_reference(const RouterShape& shape, const RouterOptions& options, DType dtype,
@@ -56,10 +60,10 @@ void route_reference(const RouterShape& shape, const RouterOptions& options, DTy
 
 /// Gradients that reach the router; a null pointer means zero.
 struct RouterGradInput {
-  const int32_t* expert_idx = nullptr;       ///< [T, K] of the forward
-  const void* grad_weights = nullptr;        ///< [T, K]
-  const void* grad_score_sum = nullptr;      ///< [E]
-  const void* grad_lse_square_sum = nullptr; ///< [1]
+  const int32_t* expert_idx = nullptr;        ///< [T, K] of the forward
+  const void* grad_weights = nullptr;         ///< [T, K]
+  const void* grad_score_sum = nullptr;       ///< [E]
+  const void* grad_lse_square_sum = nullptr;  ///< [1]
 };
 
 /// grad_logits [T, E] is written whole: rows of invalid tokens and, without normalisation-wide

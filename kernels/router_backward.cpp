@@ -1,5 +1,5 @@
-// route_backward: reads and writes T*E elements, row by row; rows are dealt to threads. A row costs E
-// exponentials if a term reaches all experts (softmax before the selection, or a loss), else K.
+// route_backward: reads and writes T*E elements, row by row; rows are dealt to threads. A row costs
+// E exponentials if a term reaches all experts (softmax before the selection, or a loss), else K.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -73,8 +73,7 @@ PERSEID_INLINE void softmax_terms(const T* z, T max, const T* terms, T grad_lse,
     mean += x * terms[e];
   }
   const T scale = T{1} / sum;
-  const T shift =
-      grad_lse == T{0} ? T{0} : T{2} * static_cast<T>(max + std::log(sum)) * grad_lse;
+  const T shift = grad_lse == T{0} ? T{0} : T{2} * static_cast<T>(max + std::log(sum)) * grad_lse;
   const T offset = shift - mean * scale;
 #pragma omp simd
   for (int64_t e = 0; e < count; ++e) grad_logits[e] = exps[e] * scale * (terms[e] + offset);
@@ -144,7 +143,8 @@ PERSEID_INLINE void backward_row(const BackwardJob<T>& job, int64_t t, Scratch<T
   T* const grad_logits = job.grad_logits + t * num_experts;
   const int32_t* const expert_idx =
       job.grad_weights == nullptr ? nullptr : job.expert_idx + t * top_k;
-  const T* const grad_weights = job.grad_weights == nullptr ? nullptr : job.grad_weights + t * top_k;
+  const T* const grad_weights =
+      job.grad_weights == nullptr ? nullptr : job.grad_weights + t * top_k;
   T max;
   if (!is_plain(z, num_experts, max)) {
     const TokenGrad<T> grad{expert_idx, grad_weights, job.grad_score_sum, job.grad_lse_square_sum};

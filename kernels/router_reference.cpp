@@ -68,8 +68,8 @@ std::vector<double> score_shares(ScoreFunction score_function, std::vector<doubl
   return softmax(logits);
 }
 
-/// Score that ranks the experts, in T, the type of the logits. -inf marks experts that are taken last:
-/// a bias cannot lift an expert whose logit is -inf (masked) or NaN.
+/// Score that ranks the experts, in T, the type of the logits. -inf marks experts that are taken
+/// last: a bias cannot lift an expert whose logit is -inf (masked) or NaN.
 template <typename T>
 std::vector<T> selection_scores(const RouterOptions& options, const std::vector<double>& logits,
                                 const float* expert_bias) {
@@ -159,7 +159,8 @@ void add_weight_gradient(const RouterOptions& options, const std::vector<double>
 
 }  // namespace
 
-// ---- one token -----------------------------------------------------------------------------------
+// ---- one token
+// -----------------------------------------------------------------------------------
 template <typename T>
 void route_token(const RouterShape& shape, const RouterOptions& options, const T* logits,
                  const float* expert_bias, TokenRoute& route) {
@@ -179,8 +180,7 @@ void route_token(const RouterShape& shape, const RouterOptions& options, const T
   for (double& weight : route.weights) weight *= options.route_scale;
   route.score_shares = score_shares(options.score_function, z);
   route.lse = log_sum_exp(z);
-  route.is_non_finite =
-      std::any_of(z.begin(), z.end(), [](double x) { return !std::isfinite(x); });
+  route.is_non_finite = std::any_of(z.begin(), z.end(), [](double x) { return !std::isfinite(x); });
 }
 
 template <typename T>
@@ -227,7 +227,8 @@ template void route_token_backward(const RouterShape&, const RouterOptions&, con
 template void route_token_backward(const RouterShape&, const RouterOptions&, const double*,
                                    const TokenGrad<double>&, double*);
 
-// ---- all tokens ----------------------------------------------------------------------------------
+// ---- all tokens
+// ----------------------------------------------------------------------------------
 void check_router(const char* operation, const RouterShape& shape, const RouterOptions& options,
                   const RouterInput& input) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();
@@ -309,7 +310,8 @@ void route_backward_reference(const RouterShape& shape, const RouterOptions& opt
       }
       token.grad_score_sum = static_cast<const T*>(grad.grad_score_sum);
       token.grad_lse_square_sum = static_cast<const T*>(grad.grad_lse_square_sum);
-      route_token_backward(shape, options, static_cast<const T*>(input.logits) + row, token, target);
+      route_token_backward(shape, options, static_cast<const T*>(input.logits) + row, token,
+                           target);
     }
   });
 }

@@ -4,9 +4,9 @@
 
 #include "kernels/router.h"
 
-// One token of the router by plain loops in double: what route_reference and route_backward_reference
-// are made of. The parallel version also comes here for tokens with a NaN or an infinite maximum,
-// where the formulas have exceptions. Private to this folder.
+// One token of the router by plain loops in double: what route_reference and
+// route_backward_reference are made of. The parallel version also comes here for tokens with a NaN
+// or an infinite maximum, where the formulas have exceptions. Private to this folder.
 
 namespace perseid::kernels {
 
@@ -27,10 +27,10 @@ void route_token(const RouterShape& shape, const RouterOptions& options, const T
 /// The gradients that reach one token; null pointers are zero.
 template <typename T>
 struct TokenGrad {
-  const int32_t* expert_idx = nullptr;      ///< [K]
-  const T* grad_weights = nullptr;          ///< [K]
-  const T* grad_score_sum = nullptr;        ///< [E]
-  const T* grad_lse_square_sum = nullptr;   ///< [1]
+  const int32_t* expert_idx = nullptr;     ///< [K]
+  const T* grad_weights = nullptr;         ///< [K]
+  const T* grad_score_sum = nullptr;       ///< [E]
+  const T* grad_lse_square_sum = nullptr;  ///< [1]
 };
 
 /// @param grad_logits  [E] of this token, written whole

@@ -1,6 +1,7 @@
-// select_k: radix select on ordered integer keys, 11 bits a pass, highest first: 3 passes over float32,
-// 6 over float64, fewer if a pass ends between two values; then one pass that marks. Reads the values
-// in each pass, writes count bytes. Integer counts of fixed blocks: deterministic for any thread count.
+// select_k: radix select on ordered integer keys, 11 bits a pass, highest first: 3 passes over
+// float32, 6 over float64, fewer if a pass ends between two values; then one pass that marks. Reads
+// the values in each pass, writes count bytes. Integer counts of fixed blocks: deterministic for
+// any thread count.
 #include "kernels/select.h"
 
 #include <algorithm>

@@ -1,6 +1,6 @@
-// counting_sort: histogram of each fixed block of keys, prefix over (bucket, block), then each block
-// writes its keys to its own rows. Reads the keys twice, writes num_keys * 4 B. Blocks depend on the
-// sizes alone, so the result does not depend on the number of threads.
+// counting_sort: histogram of each fixed block of keys, prefix over (bucket, block), then each
+// block writes its keys to its own rows. Reads the keys twice, writes num_keys * 4 B. Blocks depend
+// on the sizes alone, so the result does not depend on the number of threads.
 #include "kernels/sort.h"
 
 #include <algorithm>
@@ -36,13 +36,13 @@ void counting_sort(const int32_t* keys, int64_t num_keys, int64_t num_buckets, i
   require_device(stream, "counting_sort");
   check(keys, num_keys, num_buckets, offsets);
   // No more blocks than keep the histograms smaller than the keys.
-  const int64_t num_blocks = std::clamp<int64_t>(
-      num_keys / std::max(kKeysPerBlock, num_buckets), 1, kBlocksMax);
+  const int64_t num_blocks =
+      std::clamp<int64_t>(num_keys / std::max(kKeysPerBlock, num_buckets), 1, kBlocksMax);
   const int64_t block_keys = ceil_div(num_keys, num_blocks);
   const auto first_key = [&](int64_t block) { return std::min(block * block_keys, num_keys); };
 
-  // next_row[block, bucket]: first the count, then the next free row. The slot after the last bucket
-  // takes the keys that are out of range, so counting needs no branch.
+  // next_row[block, bucket]: first the count, then the next free row. The slot after the last
+  // bucket takes the keys that are out of range, so counting needs no branch.
   const int64_t stride = num_buckets + 1;
   std::vector<int32_t> next_row(static_cast<size_t>(num_blocks * stride), 0);
   parallel_for(0, num_blocks, 1, [&](int64_t begin, int64_t end) {

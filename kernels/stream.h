@@ -6,7 +6,8 @@ namespace perseid::kernels {
 enum class Device : uint8_t { kCpu, kCuda };
 
 /// Where an operation of this folder runs. The default is the host: the operation is complete when
-/// the call returns. On kCuda the operation is queued on the stream and pointers are device pointers.
+/// the call returns. On kCuda the operation is queued on the stream and pointers are device
+/// pointers.
 struct Stream {
   Device device = Device::kCpu;
   void* handle = nullptr;  ///< cudaStream_t; borrowed

@@ -63,6 +63,14 @@ void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b,
   }
 }
 
+/// Autograd functions take no undefined tensor; a missing bias travels as one of no dimension 2.
+at::Tensor or_missing(const at::Tensor& bias) {
+  return bias.defined() ? bias : at::empty({0}, at::kFloat);
+}
+at::Tensor or_undefined(const at::Tensor& bias) {
+  return bias.dim() == 2 ? bias : at::Tensor();
+}
+
 at::Tensor expert_part(const at::Tensor& stacked, int64_t expert) {
   return stacked.defined() ? stacked.select(0, expert) : at::Tensor();
 }
@@ -89,6 +97,7 @@ at::Tensor reduced(const at::Tensor& by_assignment, const at::Tensor& weights,
   const int64_t num_gates = weights.defined() ? weights.size(1) : 1;
   const int64_t width = by_assignment.size(1);
   at::Tensor out = at::empty({plan.num_rows, num_gates * width}, by_assignment.options());
+  if (plan.num_assignments == 0) return out.zero_();
   kernels::combine(data_of(by_assignment), plan.by_row(), data_of(weights), num_gates,
                    mutable_data_of(out), plan.num_rows, width, dtype_of(out, "experts"));
   return out;
@@ -98,6 +107,7 @@ at::Tensor reduced(const at::Tensor& by_assignment, const at::Tensor& weights,
 at::Tensor expanded(const at::Tensor& grad_out, const at::Tensor& weights, const LocalPlan& plan,
                     int64_t width) {
   at::Tensor out = at::empty({plan.num_assignments, width}, grad_out.options());
+  if (plan.num_assignments == 0) return out;
   kernels::combine_backward(data_of(grad_out), nullptr, plan.by_row(), data_of(weights),
                             weights.size(1), mutable_data_of(out), nullptr, plan.num_rows, width,
                             dtype_of(grad_out, "experts"));
@@ -108,6 +118,7 @@ at::Tensor expanded(const at::Tensor& grad_out, const at::Tensor& weights, const
 at::Tensor weight_gradient(const at::Tensor& grad_out, const at::Tensor& by_assignment,
                            const at::Tensor& weights, const LocalPlan& plan) {
   at::Tensor out = at::empty_like(weights);
+  if (plan.num_assignments == 0) return out;
   kernels::combine_backward(data_of(grad_out), data_of(by_assignment), plan.by_row(),
                             data_of(weights), weights.size(1), nullptr, mutable_data_of(out),
                             plan.num_rows, by_assignment.size(1), dtype_of(grad_out, "experts"));
@@ -125,10 +136,12 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
   enum Input { kRows, kWeights, kUp, kUpBias, kDown, kDownBias };
 
   static Variable forward(AutogradContext* ctx, const Variable& rows_in,
-                          const Variable& weights_in, const Variable& up, const Variable& up_bias,
-                          const Variable& down, const Variable& down_bias,
-                          kernels::Activation activation, bool gated, const PlanPtr& plan) {
+                          const Variable& weights_in, const Variable& up,
+                          const Variable& up_bias_in, const Variable& down,
+                          const Variable& down_bias_in, kernels::Activation activation,
+                          bool gated, const PlanPtr& plan) {
     at::AutoDispatchBelowADInplaceOrView below;
+    const at::Tensor up_bias = or_undefined(up_bias_in), down_bias = or_undefined(down_bias_in);
     const at::Tensor rows = rows_in.contiguous();
     const at::Tensor weights = weights_in.contiguous();
     const LocalPlan& local = plan->local;
@@ -158,7 +171,7 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
       scattered(y, local.order, segment, out);
     });
 
-    ctx->save_for_backward({rows, weights, up, up_bias, down, down_bias, pre});
+    ctx->save_for_backward({rows, weights, up, up_bias_in, down, down_bias_in, pre});
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     ctx->saved_data["gated"] = gated;
     keep(ctx, plan);
@@ -169,8 +182,9 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     at::AutoDispatchBelowADInplaceOrView below;
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &rows = saved[kRows], &weights = saved[kWeights], &up = saved[kUp],
-                     &up_bias = saved[kUpBias], &down = saved[kDown],
-                     &down_bias = saved[kDownBias], &pre = saved[kDownBias + 1];
+                     &down = saved[kDown], &pre = saved[kDownBias + 1];
+    const at::Tensor up_bias = or_undefined(saved[kUpBias]);
+    const at::Tensor down_bias = or_undefined(saved[kDownBias]);
     const auto activation =
         static_cast<kernels::Activation>(ctx->saved_data["activation"].toInt());
     const bool gated = ctx->saved_data["gated"].toBool();
@@ -288,14 +302,14 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const at::Tensor weights = weights_in.contiguous();
     ctx->save_for_backward({rows, weights, matrix, bias});
     keep(ctx, plan);
-    return reduced(outputs(rows, matrix, bias, plan->local), weights, plan->local);
+    return reduced(outputs(rows, matrix, or_undefined(bias), plan->local), weights, plan->local);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     at::AutoDispatchBelowADInplaceOrView below;
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &rows = saved[kRows], &weights = saved[kWeights], &matrix = saved[kMatrix],
-                     &bias = saved[kBias];
+    const at::Tensor &rows = saved[kRows], &weights = saved[kWeights], &matrix = saved[kMatrix];
+    const at::Tensor bias = or_undefined(saved[kBias]);
     const PlanPtr plan = kept(ctx);
     const LocalPlan& local = plan->local;
     const bool wants_rows = ctx->needs_input_grad(kRows);
@@ -415,8 +429,8 @@ GroupedMLP::GroupedMLP(const GroupedMLPOptions& options, const ExpertPlacement& 
 at::Tensor GroupedMLP::forward(const at::Tensor& rows, const at::Tensor& weights,
                                const PlanPtr& plan) {
   check_input(*this, rows, weights, up_proj, plan->local, "grouped_mlp");
-  return MlpFunction::apply(rows, weights, up_proj, up_bias, down_proj, down_bias,
-                            options_.activation(), options_.gated(), plan);
+  return MlpFunction::apply(rows, weights, up_proj, or_missing(up_bias), down_proj,
+                            or_missing(down_bias), options_.activation(), options_.gated(), plan);
 }
 
 GroupedLinear::GroupedLinear(const GroupedLinearOptions& options, const ExpertPlacement& placement,
@@ -436,7 +450,7 @@ GroupedLinear::GroupedLinear(const GroupedLinearOptions& options, const ExpertPl
 at::Tensor GroupedLinear::forward(const at::Tensor& rows, const at::Tensor& weights,
                                   const PlanPtr& plan) {
   check_input(*this, rows, weights, weight, plan->local, "grouped_linear");
-  return LinearFunction::apply(rows, weights, weight, bias, plan);
+  return LinearFunction::apply(rows, weights, weight, or_missing(bias), plan);
 }
 
 }  // namespace perseid

@@ -1,17 +1,16 @@
-//   AllReduceSums      sums, minima and maxima in closed form, float, double and int64, for 0, 1 and
+//   AllReduceSums      sums, minima and maxima in closed form, float, double and int64, for 0, 1
+//   and
 //                      odd counts, and for several rounds
 //   SumsInRankOrder    the sum of values whose order matters is that of rank order, the same bits
 //                      on all ranks
 //   NanStays           a NaN of any rank is the minimum and the maximum
 //   AllGatherOrders    block r is that of rank r
 //   BroadcastCopies    every rank as root
-//   BarrierWaits       a rank leaves the barrier only after all have entered
 //   SplitOrders        members by color, ranks by (key, rank); groups work at the same time
 //   SplitOfSplit       groups of groups, and two splits of one group side by side
 //   ManyCalls          1,000 collectives of mixed kinds in a row
 #include "comm/collectives.h"
 
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -115,19 +114,6 @@ TEST(Collectives, BroadcastCopies) {
         comm::broadcast(data.data(), int64_t(count * 4), root, group);
         EXPECT_EQ(data, std::vector<int32_t>(count, 1000 + root));
       }
-    }
-  });
-}
-
-TEST(Collectives, BarrierWaits) {
-  run_ranks([](const Group& group) {
-    // Each rank's number of entries, seen through an exchange that cannot run ahead of a barrier.
-    for (int round = 0; round < 50; ++round) {
-      comm::barrier(group, {"round", -1, round});
-      int64_t rounds[2] = {round, -round};
-      comm::all_reduce(rounds, 2, ReduceOp::kMax, group);
-      EXPECT_EQ(rounds[0], round);
-      EXPECT_EQ(rounds[1], -round);
     }
   });
 }

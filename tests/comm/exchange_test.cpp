@@ -37,11 +37,16 @@ constexpr Shape kShapes[] = {Shape::kEven, Shape::kUneven, Shape::kOneIdle, Shap
 
 int64_t rows_of(Shape shape, int source, int target) {
   switch (shape) {
-    case Shape::kEven: return 3;
-    case Shape::kUneven: return (source * 3 + target * 5 + 1) % 7;
-    case Shape::kOneIdle: return source == 1 || target == 1 ? 0 : 2 + source;
-    case Shape::kNothing: return 0;
-    case Shape::kHot: return target == 0 ? 2 + source : 0;
+    case Shape::kEven:
+      return 3;
+    case Shape::kUneven:
+      return (source * 3 + target * 5 + 1) % 7;
+    case Shape::kOneIdle:
+      return source == 1 || target == 1 ? 0 : 2 + source;
+    case Shape::kNothing:
+      return 0;
+    case Shape::kHot:
+      return target == 0 ? 2 + source : 0;
   }
   return 0;
 }
@@ -121,10 +126,10 @@ TEST(Exchange, RowsArrive) {
 
 TEST(Exchange, RowTypesArrive) {
   run_ranks([](const Group& group) {
-    const RowType types[] = {
-        {DType::kBytes, 1},   {DType::kBytes, 13},   {DType::kBFloat16, 5}, {DType::kFloat32, 3},
-        {DType::kInt32, 9},   {DType::kInt64, 2},    {DType::kFloat64, 11}, {DType::kBytes, 100},
-        {DType::kBytes, 333}, {DType::kBytes, 5000}, {DType::kBytes, 13},   {DType::kBytes, 77}};
+    const RowType types[] = {{DType::kBytes, 1},    {DType::kBytes, 13},  {DType::kBFloat16, 5},
+                             {DType::kFloat32, 3},  {DType::kInt32, 9},   {DType::kInt64, 2},
+                             {DType::kFloat64, 11}, {DType::kBytes, 100}, {DType::kBytes, 333},
+                             {DType::kBytes, 5000}, {DType::kBytes, 13},  {DType::kBytes, 77}};
     const ExchangePlan plan = make_plan(Shape::kUneven, group);
     for (const RowType& type : types) {
       const auto byte = [&](int s, int r, int64_t k) {

@@ -108,7 +108,7 @@ TEST(GateErrors, Input) {
             "[top_k_gate] tokens.device=meta differs from weight.device=cpu"),
       {[] {
          TopKGate gate(TopKGateOptions(4, 8));
-         gate.to(at::kMeta);
+         gate.weight = at::zeros({8, 4}, at::kMeta);
          gate.forward(input_of(at::zeros({3, 4}, at::kMeta)));
        },
        "[top_k_gate] device=meta has no router kernel; move the gate and its input to the CPU"},

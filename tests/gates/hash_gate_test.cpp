@@ -127,7 +127,7 @@ TEST(HashGate, TableIsABuffer) {
 
 TEST(SingleGate, OneExpert) {
   gates::SingleGate gate(5, 3);
-  const Tensor valid = at::tensor({1, 0, 1}, at::kBool);
+  const Tensor valid = at::tensor({1, 0, 1}, at::kInt).to(at::kBool);
   const GateOutput output = gate.forward(input_of(at::zeros({3, 2}), valid));
   EXPECT_NO_THROW(gates::validate(output.routing, 5, "test"));
   EXPECT_EQ(ids_of(output.routing.expert_idx), (std::vector<int64_t>{3, 3}));

@@ -79,8 +79,8 @@ TEST(Routing, ExplicitOffsets) {
 
 TEST(Routing, Gradients) {
   const Tensor table = random_tensor({7, 3}, 1, .1, 1);
-  const Tensor experts = random_tensor({7, 8}, 2).argsort(1).slice(1, 0, 3);
-  const Tensor valid = at::tensor({1, 1, 0, 1, 0, 1, 1}, at::kBool);
+  const Tensor experts = random_tensor({7, 8}, 2).argsort(1, false).slice(1, 0, 3);
+  const Tensor valid = at::tensor({1, 1, 0, 1, 0, 1, 1}, at::kInt).to(at::kBool);
   EXPECT_TRUE(gradients_match(
       [&] {
         const Routing routing = gates::routing_from_table(experts, table, 8);

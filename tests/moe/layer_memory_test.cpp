@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <cstdlib>
 
 #include "gates/top_k_gate.h"
 #include "moe/grouped_mlp.h"
@@ -13,37 +14,34 @@
 namespace perseid::testing {
 namespace {
 
-/// LibTorch's allocator, counting the bytes that are in use.
+/// Counts the bytes that are in use. The size stands before each block.
 class CountingAllocator : public c10::Allocator {
  public:
-  explicit CountingAllocator(c10::Allocator* base) : base_(base) {}
   c10::DataPtr allocate(size_t bytes) override {
-    auto* block = new Block{base_->allocate(bytes), bytes, this};
+    auto* block = static_cast<char*>(std::aligned_alloc(kHeader, kHeader * (bytes / kHeader + 2)));
+    *reinterpret_cast<size_t*>(block) = bytes;
     live += static_cast<int64_t>(bytes);
-    return {block->data.get(), block, &release, c10::Device(c10::kCPU)};
+    return {block + kHeader, block + kHeader, &release, c10::Device(c10::kCPU)};
   }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* target, const void* source, size_t bytes) const override {
     default_copy_data(target, source, bytes);
   }
-  std::atomic<int64_t> live{0};
+  static inline std::atomic<int64_t> live{0};
 
  private:
-  struct Block {
-    c10::DataPtr data;
-    size_t bytes;
-    CountingAllocator* owner;
-  };
-  static void release(void* context) {
-    auto* block = static_cast<Block*>(context);
-    block->owner->live -= static_cast<int64_t>(block->bytes);
-    delete block;
+  static constexpr size_t kHeader = 64;
+  static void release(void* data) {
+    if (data == nullptr) return;
+    char* block = static_cast<char*>(data) - kHeader;
+    live -= static_cast<int64_t>(*reinterpret_cast<size_t*>(block));
+    std::free(block);
   }
-  c10::Allocator* base_;
 };
 
 CountingAllocator& counter() {
   static auto* allocator = [] {
-    auto* made = new CountingAllocator(c10::GetCPUAllocator());
+    auto* made = new CountingAllocator;
     c10::SetCPUAllocator(made, /*priority=*/100);
     return made;
   }();

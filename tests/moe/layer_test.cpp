@@ -133,7 +133,9 @@ TEST(Layer, IdleExperts) {
       if (kind == ExpertKind::kModule) {
         const bool idle = parameter.key().find("expert_1") == std::string::npos;
         const double size = gradient.abs().sum().item<double>();
-        if (idle) EXPECT_EQ(size, 0) << parameter.key();
+        if (idle) {
+          EXPECT_EQ(size, 0) << parameter.key();
+        }
         used += size;
       } else {
         EXPECT_EQ(gradient[0].abs().sum().item<double>(), 0) << parameter.key();
@@ -223,7 +225,7 @@ TEST(Layer, Errors) {
       [&] { MoELayer({std::make_shared<gates::SingleGate>(3)}, experts, two_ranks, groups); },
       "[moe_layer] placement.num_ranks=2 differs from ep_size=1");
   expect_error<ConfigError>([&] { GroupedMLP(GroupedMLPOptions(0, 4), three, 0); },
-                            "d_model=0 is below 1");
+                            "[grouped_mlp] d_in=0 must be at least 1");
   expect_error<ConfigError>([&] { GroupedMLP(GroupedMLPOptions(4, -1), three, 0); },
                             "[grouped_mlp] d_ff=-1 is below 1");
 }

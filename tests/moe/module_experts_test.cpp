@@ -14,8 +14,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/nn/modules/linear.h>
 
-#include <algorithm>
+#include <atomic>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "comm/group.h"
@@ -347,6 +348,21 @@ TEST(ModuleExperts, InitialWeightsDoNotDependOnRanks) {
   EXPECT_TRUE(same_bits(other(3, 2), expected[0]));
   EXPECT_FALSE(at::equal(other(4, 2), expected[0]));
   EXPECT_FALSE(at::equal(other(3, 1), expected[0]));
+}
+
+TEST(ModuleExperts, FactoriesOfThreadsTakeTurns) {
+  std::atomic<int> inside = 0;
+  comm::run_local(4, [&](const comm::Group& world) {
+    const ExpertFactory factory = [&](int64_t expert) {
+      EXPECT_EQ(++inside, 1);
+      for (int i = 0; i < 1000; ++i) std::this_thread::yield();
+      torch::nn::AnyModule module = two_layers(expert);
+      --inside;
+      return module;
+    };
+    ModuleExperts(ModuleExpertsOptions(kIn, kOut), factory, ExpertPlacement::contiguous(8, 4),
+                  world.rank());
+  });
 }
 
 TEST(ModuleExperts, GeneratorIsLeftAsItWas) {

@@ -1,0 +1,27 @@
+#pragma once
+#include <cstdint>
+#include <iosfwd>
+#include <string>
+#include <vector>
+
+#include "examples/bench/layer_problem.h"
+
+namespace perseid::bench {
+
+struct LayerBenchOptions {
+  std::vector<LayerCase> cases;
+  int threads = 1;
+  int64_t repeats = 15;  ///< rounds; in each one every contender runs once
+  uint64_t seed = 0;
+  std::string json;  ///< file; empty: none
+};
+
+/// The twelve cases that the CPU path is held to.
+std::vector<LayerCase> cpu_suite();
+
+/// Measures each case and prints a table. Before it measures, all contenders' outputs and gradients
+/// are compared and the load of the experts is compared with what was drawn: InternalError if they
+/// differ.
+void run_layer_bench(const LayerBenchOptions& options, std::ostream& out);
+
+}  // namespace perseid::bench

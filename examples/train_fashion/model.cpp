@@ -1,0 +1,120 @@
+#include "examples/train_fashion/model.h"
+
+#include <ATen/ops/arange.h>
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "comm/collectives.h"
+#include "gates/baseline_gates.h"
+#include "gates/hash_gate.h"
+#include "gates/top_k_gate.h"
+#include "moe/grouped_mlp.h"
+
+namespace perseid::examples {
+namespace {
+
+gates::TopKGateOptions router_options(const TrainOptions& options) {
+  return gates::TopKGateOptions(kImagePixels, options.num_experts)
+      .top_k(options.top_k)
+      .aux_loss_coeff(options.aux_loss_coeff)
+      .z_loss_coeff(options.z_loss_coeff)
+      .input_norm(gates::InputNorm::kLayerNorm)
+      .bias(true)
+      .seed(options.seed);
+}
+
+std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options) {
+  switch (options.gate) {
+    case GateKind::kSingle:
+      return std::make_shared<gates::SingleGate>(options.num_experts);
+    case GateKind::kHash:
+      return std::make_shared<gates::HashGate>(
+          gates::HashGateOptions(options.num_experts)
+              .mode(gates::HashMode::kTable)
+              .table(at::arange(options.num_experts, at::kLong)));
+    case GateKind::kDense:
+      return std::make_shared<gates::DenseGate>(router_options(options).aux_loss_coeff(0));
+    case GateKind::kTopK:
+      break;
+  }
+  return std::make_shared<gates::TopKGate>(router_options(options));
+}
+
+void convert_parameters(const torch::nn::Module& module, at::ScalarType dtype) {
+  for (at::Tensor parameter : module.parameters()) parameter.set_data(parameter.detach().to(dtype));
+}
+
+WeightDump dump_of(const std::string& name, const at::Tensor& tensor) {
+  const at::Tensor values = tensor.detach().to(at::kDouble).contiguous();
+  const double* first = values.const_data_ptr<double>();
+  return WeightDump{name, values.sizes().vec(), std::vector<double>(first, first + values.numel())};
+}
+
+}  // namespace
+
+at::ScalarType tensor_type(kernels::DType dtype) {
+  switch (dtype) {
+    case kernels::DType::kFloat64:
+      return at::kDouble;
+    case kernels::DType::kBFloat16:
+      return at::kBFloat16;
+    default:
+      return at::kFloat;
+  }
+}
+
+std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOptions& options) {
+  const ParallelGroups groups = make_parallel_groups(world, options.ep_size);
+  const auto placement =
+      ExpertPlacement::contiguous(options.num_experts, groups.expert_parallel.size());
+  auto gate = make_gate(options);
+  auto experts = std::make_shared<GroupedLinear>(
+      GroupedLinearOptions(kImagePixels, kNumClasses).init_bound(.03).seed(options.seed), placement,
+      groups.expert_parallel.rank());
+
+  const at::ScalarType dtype = tensor_type(options.dtype);
+  convert_parameters(*experts, dtype);
+  // Gates compute in float32 whatever the experts do, and in float64 if their parameters say so.
+  convert_parameters(*gate, dtype == at::kDouble ? at::kDouble : at::kFloat);
+
+  MoELayerOptions layer_options;
+  layer_options.capacity.capacity_factor = options.capacity_factor;
+  return std::make_shared<MoELayer>(std::vector<std::shared_ptr<gates::Gate>>{std::move(gate)},
+                                    std::move(experts), placement, groups, layer_options);
+}
+
+MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys,
+                     const TrainOptions& options) {
+  MoEInput input(pixels.to(tensor_type(options.dtype)).div_(255));
+  if (options.gate == GateKind::kHash) input.keys = keys.remainder(options.num_experts);
+  return input;
+}
+
+std::vector<WeightDump> collect_weights(const MoELayer& layer, int64_t num_experts) {
+  std::vector<WeightDump> dumps;
+  for (const auto& parameter : layer.gates().front()->named_parameters()) {
+    dumps.push_back(dump_of("gate." + parameter.key(), parameter.value()));
+  }
+  const std::vector<int64_t>& ids = layer.experts()->expert_ids();
+  for (const auto& parameter : layer.experts()->named_parameters()) {
+    const WeightDump mine = dump_of("experts." + parameter.key(), parameter.value());
+    WeightDump all = mine;
+    all.shape[0] = num_experts;
+    size_t per_expert = 1;
+    for (size_t d = 1; d < all.shape.size(); ++d) per_expert *= static_cast<size_t>(all.shape[d]);
+    all.values.assign(static_cast<size_t>(num_experts) * per_expert, 0);
+    for (size_t slot = 0; slot < ids.size(); ++slot) {
+      std::copy_n(mine.values.data() + slot * per_expert, per_expert,
+                  all.values.data() + static_cast<size_t>(ids[slot]) * per_expert);
+    }
+    // Each expert is non-zero on one rank of the group, so the sum collects them.
+    comm::all_reduce(all.values.data(), static_cast<int64_t>(all.values.size()),
+                     comm::ReduceOp::kSum, layer.groups().expert_parallel, {"collect_weights"});
+    dumps.push_back(std::move(all));
+  }
+  return dumps;
+}
+
+}  // namespace perseid::examples

@@ -1,0 +1,26 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <vector>
+
+#include "examples/train_fashion/train.h"
+#include "moe/moe_layer.h"
+
+namespace perseid::examples {
+
+at::ScalarType tensor_type(kernels::DType dtype);
+
+/// Eight (num_experts) linear maps 784 -> 10 behind the gate of the options. The output of the
+/// layer is the mix of the experts' logits. Collective over `world`.
+std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOptions& options);
+
+/// What the layer reads for a batch of raw images.
+/// @param pixels  [n, 784] uint8
+/// @param keys    [n] int64
+MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys, const TrainOptions& options);
+
+/// All parameters in global expert order. Collective: experts are collected from their ranks.
+std::vector<WeightDump> collect_weights(const MoELayer& layer, int64_t num_experts);
+
+}  // namespace perseid::examples

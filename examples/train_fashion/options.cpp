@@ -1,0 +1,251 @@
+#include "examples/train_fashion/options.h"
+
+#include <CLI/CLI.hpp>
+#include <cmath>
+#include <functional>
+#include <map>
+
+#include "examples/common/text.h"
+#include "kernels/random.h"
+
+namespace perseid::examples {
+namespace {
+
+constexpr int kUsageError = 64;
+
+const std::map<std::string, kernels::DType> kDTypes = {{"float32", kernels::DType::kFloat32},
+                                                       {"float64", kernels::DType::kFloat64},
+                                                       {"bfloat16", kernels::DType::kBFloat16}};
+const std::map<std::string, std::vector<GateKind>> kGates = {
+    {"single", {GateKind::kSingle}},
+    {"hash", {GateKind::kHash}},
+    {"topk", {GateKind::kTopK}},
+    {"dense", {GateKind::kDense}},
+    {"all", {GateKind::kSingle, GateKind::kHash, GateKind::kTopK, GateKind::kDense}}};
+
+template <typename T>
+std::vector<std::string> keys_of(const std::map<std::string, T>& table) {
+  std::vector<std::string> keys;
+  for (const auto& entry : table) keys.push_back(entry.first);
+  return keys;
+}
+
+/// The value is a number in [low, high]; the text of an error says both, and help shows them.
+template <typename T>
+CLI::Validator in_range(T low, T high) {
+  const auto shown = [](T value) {
+    std::ostringstream text;
+    text << value;
+    return text.str();
+  };
+  const std::string limits = shown(low) + " to " + shown(high);
+  return CLI::Validator(
+      [low, high, limits](std::string& text) {
+        T value{};
+        const bool is_number = CLI::detail::lexical_cast(text, value);
+        if (is_number && value >= low && value <= high) return std::string();
+        return "value " + text + " is out of range; choose " + limits;
+      },
+      limits);
+}
+
+CLI::Validator one_of(const std::vector<std::string>& words) {
+  std::string list;
+  for (const std::string& word : words) list += (list.empty() ? "" : ",") + word;
+  return CLI::Validator(
+      [words, list](std::string& text) {
+        if (std::find(words.begin(), words.end(), text) != words.end()) return std::string();
+        return "value " + text + " is not one of {" + list + "}";
+      },
+      "{" + list + "}");
+}
+
+constexpr int64_t kMany = 1'000'000'000;
+
+void add_model_flags(CLI::App& app, TrainOptions& train, std::string& gate, std::string& dtype,
+                     std::string& task) {
+  app.add_option("--task", task, "what to learn: each image shown through one of 4 transforms")
+      ->check(one_of({"domains"}))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--gate", gate, "the gate; all runs each in turn and compares them")
+      ->check(one_of({"single", "hash", "topk", "dense", "all"}))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--num-experts", train.num_experts, "linear experts, over all ranks")
+      ->check(in_range<int64_t>(1, 4096))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--moe-router-topk,--top-k", train.top_k, "experts per image of the topk gate")
+      ->check(in_range<int64_t>(1, 4096))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--moe-aux-loss-coeff,--aux-loss-coeff", train.aux_loss_coeff,
+                 "coefficient of the load-balance loss; the protocol of this task has 0, and "
+                 "others commonly use 0.01")
+      ->check(in_range<double>(0, 1e6))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--moe-z-loss-coeff,--z-loss-coeff", train.z_loss_coeff,
+                 "coefficient of the z-loss of the router")
+      ->check(in_range<double>(0, 1e6))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--moe-expert-capacity-factor,--capacity-factor", train.capacity_factor,
+                 "room of an expert as a multiple of its fair share of the images of a rank; 0 "
+                 "drops nothing")
+      ->check(in_range<double>(0, 1e6))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--dtype", dtype, "type of experts and images; gates use float32 for bfloat16")
+      ->check(one_of(keys_of(kDTypes)))
+      ->capture_default_str()
+      ->group("Model");
+}
+
+void add_training_flags(CLI::App& app, ProgramOptions& options) {
+  TrainOptions& train = options.train;
+  app.add_option("--lr", train.lr, "learning rate of Adam")
+      ->check(in_range<double>(1e-12, 1e3))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--global-batch-size", train.global_batch_size, "images of a step, over all ranks")
+      ->check(in_range<int64_t>(1, kMany))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--epochs", train.epochs, "passes over the training images")
+      ->check(in_range<int64_t>(1, kMany))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--train-iters", train.train_iters, "steps, instead of --epochs; 0: use --epochs")
+      ->check(in_range<int64_t>(0, kMany))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--seed,--seeds", options.seeds,
+                 "seeds of initial weights and order, one run for each")
+      ->check(in_range<uint64_t>(0, UINT64_MAX))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--data-seed", options.data_seed, "seed of the domains and the pixel permutation")
+      ->check(in_range<uint64_t>(0, UINT64_MAX))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--data", options.data,
+                 "folder with the four .gz files; default: $PERSEID_DATA_DIR/fashion-mnist, "
+                 "/usr/share/datasets/fashion-mnist, ./data/fashion-mnist")
+      ->group("Training");
+}
+
+void add_parallel_flags(CLI::App& app, ProgramOptions& options) {
+  app.add_option("--comm", options.session.comm, "how ranks communicate; local: threads as ranks")
+      ->check(one_of({"auto", "self", "local", "mpi"}))
+      ->capture_default_str()
+      ->group("Ranks");
+  app.add_option("--local-ranks", options.session.local_ranks, "ranks of --comm local")
+      ->check(in_range<int>(1, 256))
+      ->capture_default_str()
+      ->group("Ranks");
+  app.add_option("--launcher", options.session.launcher, "what started this process")
+      ->check(one_of({"auto", "mpi", "slurm", "torchrun", "single"}))
+      ->capture_default_str()
+      ->group("Ranks");
+  app.add_option("--expert-model-parallel-size,--ep-size", options.train.ep_size,
+                 "ranks that share the experts, a divisor of their number; 0: all ranks")
+      ->check(in_range<int64_t>(0, 1 << 20))
+      ->capture_default_str()
+      ->group("Ranks");
+  app.add_option("--idle-ranks", options.train.idle_ranks,
+                 "the last ranks get no images, but hold experts")
+      ->check(in_range<int64_t>(0, 1 << 20))
+      ->capture_default_str()
+      ->group("Ranks");
+  app.add_option("--threads", options.threads, "threads of a rank; 0: cores / ranks of the host")
+      ->check(in_range<int64_t>(0, 1024))
+      ->capture_default_str()
+      ->group("Ranks");
+}
+
+void add_output_flags(CLI::App& app, ProgramOptions& options) {
+  app.add_option("--log-interval", options.train.log_interval, "steps between two progress lines")
+      ->check(in_range<int64_t>(1, kMany))
+      ->capture_default_str()
+      ->group("Output");
+  app.add_option("--json", options.json, "file for the results, one JSON object a line and run")
+      ->group("Output");
+  app.add_option("--dump", options.dump,
+                 "file for the losses of all steps and all weights of one run, as JSON")
+      ->group("Output");
+  app.add_flag("--plain", options.plain, "no line that is written over on a terminal")
+      ->group("Output");
+}
+
+}  // namespace
+
+CommandLine parse_command_line(int argc, const char* const* argv) {
+  CommandLine result;
+  ProgramOptions& options = result.options;
+  options.seeds = {0};
+  std::string gate = "topk";
+  std::string dtype = "float32";
+  std::string task = "domains";
+
+  CLI::App app(
+      "Trains a mixture of linear experts on Fashion-MNIST whose images come from four domains "
+      "(plain, inverted, rotated, permuted pixels): one linear map cannot serve them all, a gate "
+      "that tells them apart can.",
+      "train_fashion");
+  app.get_formatter()->column_width(46);
+  add_model_flags(app, options.train, gate, dtype, task);
+  add_training_flags(app, options);
+  add_parallel_flags(app, options);
+  add_output_flags(app, options);
+
+  try {
+    app.parse(argc, argv);
+    options.gates = kGates.at(gate);
+    options.train.dtype = kDTypes.at(dtype);
+    if (options.train.top_k > options.train.num_experts) {
+      throw CLI::ValidationError("--moe-router-topk",
+                                 format_text("value %lld exceeds --num-experts %lld",
+                                             static_cast<long long>(options.train.top_k),
+                                             static_cast<long long>(options.train.num_experts)));
+    }
+    if (!options.dump.empty() && options.gates.size() * options.seeds.size() != 1) {
+      throw CLI::ValidationError("--dump", "writes one run; choose one gate and one seed");
+    }
+    if (options.session.local_ranks > 1 && options.session.comm != "local") {
+      throw CLI::ValidationError("--local-ranks", "needs --comm local");
+    }
+    result.run = true;
+  } catch (const CLI::CallForHelp&) {
+    result.text = app.help();
+  } catch (const CLI::ParseError& error) {
+    result.exit_code = kUsageError;
+    result.text = std::string("[train_fashion] ") + error.what() +
+                  "\nHINT: train_fashion --help lists the flags\n";
+  }
+  return result;
+}
+
+uint32_t config_hash(const ProgramOptions& options) {
+  kernels::RandomKey key = kernels::random_key(0);
+  const auto add = [&key](uint64_t value) { key = key.with(value); };
+  const auto add_real = [&add](double value) { add(std::bit_cast<uint64_t>(value)); };
+  const TrainOptions& train = options.train;
+  for (const GateKind gate : options.gates) add(static_cast<uint64_t>(gate));
+  for (const uint64_t seed : options.seeds) add(seed);
+  for (const int64_t value :
+       {train.num_experts, train.top_k, train.global_batch_size, train.epochs, train.train_iters,
+        train.ep_size, train.idle_ranks, train.log_interval}) {
+    add(static_cast<uint64_t>(value));
+  }
+  for (const double value :
+       {train.aux_loss_coeff, train.z_loss_coeff, train.capacity_factor, train.lr}) {
+    add_real(value);
+  }
+  add(static_cast<uint64_t>(train.dtype));
+  add(options.data_seed);
+  return static_cast<uint32_t>(key.value >> 32);
+}
+
+}  // namespace perseid::examples

@@ -1,0 +1,37 @@
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "comm/session.h"
+#include "examples/train_fashion/train.h"
+
+namespace perseid::examples {
+
+/// What the command line asks for.
+struct ProgramOptions {
+  std::vector<GateKind> gates;  ///< one run for each gate and seed
+  std::vector<uint64_t> seeds;
+  TrainOptions train;      ///< its gate and seed are those of the run
+  std::string data;        ///< folder; empty: see data_places
+  uint64_t data_seed = 0;  ///< of the domains and of the pixel permutation
+  int64_t threads = 0;     ///< of this rank; 0: the cores of the host / its ranks
+  bool plain = false;      ///< no line that is written over
+  std::string json;        ///< file for the results; empty: none
+  std::string dump;        ///< file for losses and weights; empty: none
+  comm::SessionOptions session;
+};
+
+/// Either options, or a text and the exit status with which the program ends.
+struct CommandLine {
+  ProgramOptions options;
+  bool run = false;
+  int exit_code = 0;  ///< 0 for --help, 64 for a wrong flag or value
+  std::string text;
+};
+CommandLine parse_command_line(int argc, const char* const* argv);
+
+/// Settings that all ranks must share, as one number: see comm::Group::set_config_hash.
+uint32_t config_hash(const ProgramOptions& options);
+
+}  // namespace perseid::examples

@@ -1,0 +1,188 @@
+#include "examples/train_fashion/report.h"
+
+#include <torch/headeronly/version.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <functional>
+
+#include "comm/session.h"
+#include "examples/common/console.h"
+#include "examples/common/text.h"
+#include "examples/train_fashion/metrics.h"
+
+namespace perseid::examples {
+namespace {
+
+std::string count_text(int64_t count) { return with_commas(static_cast<long long>(count)); }
+
+std::string gate_text(GateKind gate, const TrainOptions& train) {
+  const auto experts = static_cast<long long>(train.num_experts);
+  switch (gate) {
+    case GateKind::kSingle:
+      return format_text("single  (expert 0 of %lld for all)", experts);
+    case GateKind::kHash:
+      return format_text("hash  (floor(1000 * sum of pixels) mod %lld)", experts);
+    case GateKind::kDense:
+      return format_text("dense  (all %lld, softmax)", experts);
+    case GateKind::kTopK:
+      break;
+  }
+  return format_text("topk  (k=%lld of %lld, top-k -> softmax)",
+                     static_cast<long long>(train.top_k), experts);
+}
+
+std::string mean_text(const std::vector<FinishedRun>& runs, const char* format,
+                      const std::function<double(const RunResult&)>& value) {
+  std::vector<double> values;
+  for (const FinishedRun& run : runs) values.push_back(value(run.result));
+  const MeanAndError mean = mean_and_error(values);
+  const auto number = [format](double x) {
+    std::array<char, 64> text{};
+    std::snprintf(text.data(), text.size(), format, x);
+    return std::string(text.data());
+  };
+  return values.size() == 1 ? number(mean.mean)
+                            : number(mean.mean) + " ±" + number(mean.standard_error);
+}
+
+}  // namespace
+
+std::string version_line(const comm::LaunchInfo& launch, const comm::Group& world, int num_hosts) {
+  return format_text("perseid %s | LibTorch %d.%d.%d | %s | %s", PERSEID_VERSION,
+                     TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH,
+                     comm::mpi_version().c_str(), comm::describe(launch, world, num_hosts).c_str());
+}
+
+std::string start_table(const ProgramOptions& options, const std::string& folder,
+                        const DomainData& data, int num_ranks, int64_t threads) {
+  const TrainOptions& train = options.train;
+  std::vector<Setting> settings;
+  settings.push_back({"task", "domains  (4 transforms, linear experts 784 -> 10)"});
+  for (const GateKind gate : options.gates) settings.push_back({"gate", gate_text(gate, train)});
+  for (const GateKind gate : options.gates) {
+    TrainOptions run = train;
+    run.gate = gate;
+    const ParameterCount count = count_parameters(run);
+    settings.push_back(
+        {std::string("parameters ") + gate_name(gate),
+         count_text(count.total) + " total, " + count_text(count.active) + " active per image"});
+  }
+  settings.push_back(
+      {"aux loss, z-loss", format_text("%g, %g", train.aux_loss_coeff, train.z_loss_coeff)});
+  settings.push_back({"capacity factor", train.capacity_factor > 0
+                                             ? format_text("%g", train.capacity_factor)
+                                             : std::string("0 (dropless)")});
+  const std::string dtype = train.dtype == kernels::DType::kFloat64    ? "float64"
+                            : train.dtype == kernels::DType::kBFloat16 ? "bfloat16"
+                                                                       : "float32";
+  settings.push_back({"dtype", dtype});
+  settings.push_back({"data", folder});
+  settings.push_back({"images", count_text(data.train.size()) + " training, " +
+                                    count_text(data.test.size()) + " test"});
+  settings.push_back({"data seed", std::to_string(options.data_seed)});
+  std::string seeds;
+  for (const uint64_t seed : options.seeds) {
+    if (!seeds.empty()) seeds += ' ';
+    seeds += std::to_string(seed);
+  }
+  settings.push_back({"seeds", seeds});
+  settings.push_back({"optimizer", format_text("Adam, lr %g", train.lr)});
+  settings.push_back({"global batch", count_text(train.global_batch_size) + " images"});
+  const int64_t steps = num_steps(train, data.train.size());
+  settings.push_back(
+      {"steps", count_text(steps) +
+                    (train.train_iters > 0
+                         ? std::string("  (--train-iters)")
+                         : format_text("  (%lld epochs)", static_cast<long long>(train.epochs)))});
+  const int64_t ep_size = train.ep_size > 0 ? train.ep_size : num_ranks;
+  settings.push_back(
+      {"ranks", format_text("%d, experts over %lld", num_ranks, static_cast<long long>(ep_size)) +
+                    (train.idle_ranks > 0 ? format_text(", %lld without images",
+                                                        static_cast<long long>(train.idle_ranks))
+                                          : "")});
+  settings.push_back({"threads", format_text("%lld a rank", static_cast<long long>(threads))});
+  return settings_table(settings);
+}
+
+std::string step_line(const StepReport& report) {
+  const std::string total = std::to_string(report.num_steps);
+  std::string line =
+      format_text("step %*lld/%s | loss %.4f", static_cast<int>(total.size()),
+                  static_cast<long long>(report.step), total.c_str(), report.cross_entropy);
+  for (const NamedValue& loss : report.gate_losses) {
+    const std::string name = loss.name.substr(0, loss.name.find("_loss"));  // "aux_loss": aux
+    line += format_text(" | %s %.3f", name.c_str(), loss.value);
+  }
+  line += format_text(" | maxvio %.2f | dead %lld/%zu", report.max_vio,
+                      static_cast<long long>(num_dead_experts(report.tokens_per_expert)),
+                      report.tokens_per_expert.size());
+  if (report.num_dropped > 0) {
+    line += format_text(" | drop %lld", static_cast<long long>(report.num_dropped));
+  }
+  return line + format_text(" | %.2f ms | %s tok/s", report.step_ms,
+                            short_count(report.tokens_per_second).c_str());
+}
+
+std::string result_line(const FinishedRun& run) {
+  const RunResult& result = run.result;
+  return format_text(
+      "test %s seed %llu | accuracy %.4f | loss %.4f | experts/token %.2f | maxvio %.2f"
+      " | NMI %.2f | %.1f s\nload %s",
+      gate_name(run.gate), static_cast<unsigned long long>(run.seed), result.accuracy,
+      result.cross_entropy, result.experts_per_token, result.max_vio, result.domain_nmi,
+      result.seconds, load_bars(result.tokens_per_expert).c_str());
+}
+
+std::string final_table(const std::vector<FinishedRun>& runs) {
+  std::vector<std::vector<std::string>> rows;
+  for (size_t first = 0; first < runs.size();) {
+    const auto other =
+        std::find_if(runs.begin() + static_cast<std::ptrdiff_t>(first), runs.end(),
+                     [&](const FinishedRun& run) { return run.gate != runs[first].gate; });
+    const std::vector<FinishedRun> same(runs.begin() + static_cast<std::ptrdiff_t>(first), other);
+    rows.push_back({gate_name(same.front().gate),
+                    mean_text(same, "%.4f", [](const RunResult& r) { return r.accuracy; }),
+                    mean_text(same, "%.4f", [](const RunResult& r) { return r.cross_entropy; }),
+                    mean_text(same, "%.2f", [](const RunResult& r) { return r.experts_per_token; }),
+                    mean_text(same, "%.2f", [](const RunResult& r) { return r.max_vio; }),
+                    mean_text(same, "%.2f", [](const RunResult& r) { return r.domain_nmi; }),
+                    mean_text(same, "%.1f", [](const RunResult& r) { return r.seconds; })});
+    first += same.size();
+  }
+  return results_table(
+      {"gate", "accuracy", "cross-entropy", "experts per token", "max_vio", "NMI", "seconds"},
+      rows);
+}
+
+JsonObject result_json(const FinishedRun& run, const TrainOptions& options, int num_ranks) {
+  const RunResult& result = run.result;
+  return {{"gate", std::string(gate_name(run.gate))},
+          {"seed", static_cast<int64_t>(run.seed)},
+          {"ranks", int64_t{num_ranks}},
+          {"num_experts", options.num_experts},
+          {"top_k", options.top_k},
+          {"aux_loss_coeff", options.aux_loss_coeff},
+          {"steps", result.num_steps},
+          {"accuracy", result.accuracy},
+          {"cross_entropy", result.cross_entropy},
+          {"experts_per_token", result.experts_per_token},
+          {"max_vio", result.max_vio},
+          {"domain_nmi", result.domain_nmi},
+          {"tokens_per_expert", result.tokens_per_expert},
+          {"seconds", result.seconds}};
+}
+
+void write_dump(const std::string& path, const FinishedRun& run, int num_ranks) {
+  JsonObject object{{"gate", std::string(gate_name(run.gate))},
+                    {"ranks", int64_t{num_ranks}},
+                    {"losses", run.result.losses}};
+  for (const WeightDump& weight : run.result.weights) {
+    object.push_back({weight.name + ".shape", weight.shape});
+    object.push_back({weight.name, weight.values});
+  }
+  JsonLines(path).write(object);
+}
+
+}  // namespace perseid::examples

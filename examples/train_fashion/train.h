@@ -1,0 +1,93 @@
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "comm/group.h"
+#include "examples/train_fashion/domains.h"
+#include "kernels/dtype.h"
+
+namespace perseid::examples {
+
+enum class GateKind : uint8_t { kSingle, kHash, kTopK, kDense };
+const char* gate_name(GateKind gate);
+
+/// Settings of one run; defaults are the published protocol of the mixture of domains.
+struct TrainOptions {
+  GateKind gate = GateKind::kTopK;
+  int64_t num_experts = 8;
+  int64_t top_k = 2;
+  double aux_loss_coeff = 0;
+  double z_loss_coeff = 0;
+  double capacity_factor = 0;  ///< 0: dropless
+  kernels::DType dtype = kernels::DType::kFloat32;
+  double lr = 1e-3;
+  int64_t global_batch_size = 256;  ///< images of a step, over all ranks
+  int64_t epochs = 6;
+  int64_t train_iters = 0;     ///< 0: as many steps as `epochs` take
+  uint64_t seed = 0;           ///< initial weights and order of the images
+  int64_t ep_size = 0;         ///< ranks that share the experts; 0: all
+  int64_t idle_ranks = 0;      ///< the last ranks that get no images
+  int64_t log_interval = 100;  ///< steps between two reports
+};
+
+/// Parameters of the whole model and those that one image meets.
+struct ParameterCount {
+  int64_t total = 0;
+  int64_t active = 0;
+};
+ParameterCount count_parameters(const TrainOptions& options);
+
+/// Steps of a run: train_iters, or epochs without their last incomplete batch.
+int64_t num_steps(const TrainOptions& options, int64_t num_images);
+
+struct NamedValue {
+  std::string name;
+  double value = 0;
+};
+
+/// Means since the last report; the same on every rank.
+struct StepReport {
+  int64_t step = 0;  ///< steps done
+  int64_t num_steps = 0;
+  double cross_entropy = 0;
+  std::vector<NamedValue> gate_losses;     ///< without their coefficients
+  std::vector<int64_t> tokens_per_expert;  ///< [E]
+  double max_vio = 0;                      ///< largest load / mean load - 1
+  int64_t num_dropped = 0;                 ///< assignments lost to capacity
+  double step_ms = 0;
+  double tokens_per_second = 0;
+};
+/// Called on every rank, after step 1, every log_interval steps and after the last one.
+using OnReport = std::function<void(const StepReport&)>;
+
+/// A parameter in global expert order, whatever the number of ranks.
+struct WeightDump {
+  std::string name;
+  std::vector<int64_t> shape;
+  std::vector<double> values;
+};
+
+/// What a run gives; the same on every rank.
+struct RunResult {
+  int64_t num_steps = 0;
+  double accuracy = 0;  ///< on the test images, after the last step
+  double cross_entropy = 0;
+  double experts_per_token = 0;            ///< mean count of gate weights > 1e-5
+  double domain_nmi = 0;                   ///< I(domain; expert) / ln 4 of the summed gate weights
+  double max_vio = 0;                      ///< largest load / mean load - 1 over the test images
+  std::vector<int64_t> tokens_per_expert;  ///< [E] of the test images
+  double seconds = 0;                      ///< of training: without loading and testing
+  std::vector<double> losses;              ///< of every step: cross-entropy + losses of the gate
+  std::vector<WeightDump> weights;
+};
+
+/// Trains and tests one model. Collective over `world`: every rank calls it with equal arguments.
+/// The batch of a step is cut into contiguous shards, one per rank, so the images of a step and
+/// every result are those of one process.
+/// Throws ConfigError for settings out of range, and what MoELayer::forward throws.
+RunResult train_domains(const comm::Group& world, const DomainData& data,
+                        const TrainOptions& options, const OnReport& on_report = {});
+
+}  // namespace perseid::examples

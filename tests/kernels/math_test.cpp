@@ -1,0 +1,59 @@
+// Vectorised elementary functions against the standard library in double.
+#include "kernels/math.h"
+
+#include "tests/kernels/kernels_test.h"
+
+namespace perseid::kernels::testing {
+namespace {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+TEST(Math, ExpWithinTwoUnits) {
+  double worst = 0;
+  for (double x = -87.3; x < 88.7; x += 0.00137) {
+    const double expected = std::exp(static_cast<double>(static_cast<float>(x)));
+    worst = std::max(worst, std::abs(exp_of(static_cast<float>(x)) / expected - 1.0));
+  }
+  EXPECT_LE(worst, 2.0 * 0x1p-23);
+  for (double x = -103.9; x < -87.3; x += 0.0137) {  // subnormal results: one step apart
+    EXPECT_NEAR(exp_of(static_cast<float>(x)), std::exp(static_cast<double>(static_cast<float>(x))),
+                0x1p-149);
+  }
+}
+
+TEST(Math, ExpSaturates) {
+  EXPECT_EQ(exp_of(0.0f), 1.0f);
+  EXPECT_EQ(exp_of(-0.0f), 1.0f);
+  for (const float x : {88.73f, 89.5f, 1e4f, 3e38f, kInf}) EXPECT_EQ(exp_of(x), kInf) << x;
+  for (const float x : {-104.0f, -1e4f, -3e38f, -kInf}) EXPECT_EQ(exp_of(x), 0.0f) << x;
+  EXPECT_TRUE(std::isnan(exp_of(std::numeric_limits<float>::quiet_NaN())));
+}
+
+TEST(Math, NormalDistribution) {
+  for (double x = -12.0; x < 12.0; x += 0.00173) {
+    const auto at = normal(static_cast<float>(x));
+    const auto expected = normal(static_cast<double>(static_cast<float>(x)));
+    ASSERT_NEAR(at.cdf, expected.cdf,
+                2e-7 * expected.cdf + 3e-6 * expected.cdf * std::abs(x) + 1e-38)
+        << x;
+    ASSERT_NEAR(at.cdf, expected.cdf, 2.5e-7) << x;
+    ASSERT_NEAR(at.density, expected.density, 2e-7) << x;
+  }
+  EXPECT_EQ(normal(kInf).cdf, 1.0f);
+  EXPECT_EQ(normal(-kInf).cdf, 0.0f);
+  EXPECT_EQ(normal(3e38f).cdf, 1.0f);
+  EXPECT_EQ(normal(-3e38f).density, 0.0f);
+  EXPECT_TRUE(std::isnan(normal(std::numeric_limits<float>::quiet_NaN()).cdf));
+}
+
+TEST(Math, Sigmoid) {
+  for (double x = -80.0; x < 80.0; x += 0.0171) {
+    const double expected = 1.0 / (1.0 + std::exp(-static_cast<double>(static_cast<float>(x))));
+    ASSERT_NEAR(sigmoid(static_cast<float>(x)), expected, 4e-7 * expected) << x;
+  }
+  EXPECT_EQ(sigmoid(-kInf), 0.0f);
+  EXPECT_EQ(sigmoid(kInf), 1.0f);
+}
+
+}  // namespace
+}  // namespace perseid::kernels::testing

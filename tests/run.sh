@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Builds everything and runs every test. Installs what is missing first.
+#   bash tests/run.sh                style checks, build, all tests
+#   bash tests/run.sh -R gates       only tests whose name matches; further arguments go to ctest
+#   bash tests/run.sh --asan         tests of kernels and comm under Address- and UBSanitizer
+#   bash tests/run.sh --tsan         the same under ThreadSanitizer
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. cmake/setup.sh
+
+preset=cpu
+case ${1:-} in
+  --asan | --tsan) preset=${1#--} && shift ;;
+  -h | --help) sed -n '2,6s/^# //p' "$0" && exit ;;
+esac
+build=build/$preset
+
+perseid_setup libgtest-dev clang-format
+style=0
+if [ "$preset" = cpu ]; then
+  perseid_say "style: include directions and formatting"
+  .ci/check_includes || style=1
+  .ci/check_format || style=1
+fi
+if [ ! -e "$build/build.ninja" ]; then
+  perseid_say "configuring $build"
+  cmake --preset "$preset" -Wno-dev --log-level=WARNING
+fi
+perseid_say "building $build"
+perseid_build "$build" all
+perseid_say "testing"
+perseid_mpi_environment
+tests=0
+ctest --preset "$preset" -j "$(nproc)" "$@" || tests=$?
+[ $style = 0 ] || perseid_say "the style checks failed; their lines stand above the build"
+exit $((tests ? tests : style))
