@@ -34,7 +34,7 @@ kernels::Stream stream_of(const Tensor& tensor) {
 }
 
 /// a b in blocks of rows (dim 0) or columns (dim 1). Bits of a BLAS product may depend on its
-/// number of threads; in a parallel region each call runs on one thread, so blocks of fixed size do
+/// number of threads. In an OpenMP region each call runs on one thread, so blocks of fixed size do
 /// not.
 Tensor multiply(const Tensor& a, const Tensor& b, int64_t dim) {
   Tensor product = at::empty({a.size(0), b.size(1)}, a.options());

@@ -69,10 +69,10 @@ PERSEID_INLINE void dispatch_shape(const ActivationShape& shape, Body body) {
   }
 }
 
-// ---- rows
-// ---------------------------------------------------------------------------------------- Tiles of
-// gate and up lie far apart, which hides the pattern from the hardware: each tile asks for the same
-// one of the next row.
+// ---- rows ----
+// Tiles of gate and up lie far apart, which hides the pattern from the hardware: each tile asks for
+// the same one of the next row.
+
 template <Activation kActivation, bool kGated, typename T>
 PERSEID_INLINE void forward_row(const T* pre, Accumulate<T> weight, int64_t d_ff, T* out) {
   using A = Accumulate<T>;
@@ -192,8 +192,7 @@ PERSEID_SIMD_CLONES void backward_rows(const ActivationShape& shape, const Backw
       });
 }
 
-// ---- checks
-// --------------------------------------------------------------------------------------
+// ---- checks ----
 void check(const char* operation, const ActivationShape& shape, const void* pre) {
   require_count(operation, "num_rows", shape.num_rows);
   require_count(operation, "d_ff", shape.d_ff);
@@ -228,8 +227,7 @@ Point<double> evaluate_reference(Activation activation, double x) {
 
 }  // namespace
 
-// ---- forward
-// -------------------------------------------------------------------------------------
+// ---- forward ----
 void activation_forward(const ActivationShape& shape, DType dtype, const void* pre,
                         const void* weights, void* out, Stream stream) {
   constexpr const char* kOperation = "activation_forward";
@@ -263,8 +261,7 @@ void activation_forward_reference(const ActivationShape& shape, DType dtype, con
   });
 }
 
-// ---- backward
-// ------------------------------------------------------------------------------------
+// ---- backward ----
 void activation_backward(const ActivationShape& shape, DType dtype, const void* pre,
                          const void* weights, const void* grad_act, void* grad_pre,
                          void* weighted_act, void* grad_weights, Stream stream) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/checks.h"
+#include "kernels/lanes.h"
 #include "kernels/parallel.h"
 #include "kernels/simd.h"
 
@@ -18,6 +19,8 @@ namespace {
 constexpr int64_t kElementsPerThread = int64_t{1} << 14;
 /// Columns summed at a time: their sums stay in the first-level cache.
 constexpr int64_t kTile = 512;
+/// Rows ahead that are asked for: their order is irregular, so the hardware cannot foresee them.
+constexpr int64_t kEntriesAhead = 4;
 
 struct EntryRange {
   int64_t begin;
@@ -61,18 +64,21 @@ PERSEID_INLINE auto weight_of(const Job& job, int64_t entry, int64_t gate) {
   return job.weights == nullptr ? A{1} : job.weights[entry * job.num_gates + gate];
 }
 
-// ---- combine
-// -------------------------------------------------------------------------------------
+// ---- combine ----
 /// Four rows at a time keep the sums in registers and several cache misses in flight.
 template <typename T>
-PERSEID_INLINE void add_entries(const CombineJob<T>& job, EntryRange entries, int64_t gate,
-                                int64_t column, int64_t num_columns, Accumulate<T>* sum) {
+PERSEID_INLINE void add_entries(const CombineJob<T>& job, EntryRange entries, int64_t last_entry,
+                                int64_t gate, int64_t column, int64_t num_columns,
+                                Accumulate<T>* sum) {
   using A = Accumulate<T>;
   const auto row = [&](int64_t entry) __attribute__((always_inline)) {
     return job.rows + row_of_entry(job.index, entry) * job.width + column;
   };
   int64_t entry = entries.begin;
   for (; entry + 4 <= entries.end; entry += 4) {
+    for (int64_t next = entry + 4; next < std::min(entry + 4 + kEntriesAhead, last_entry); ++next) {
+      prefetch_for_read(row(next), num_columns);
+    }
     const T *const r0 = row(entry), *const r1 = row(entry + 1), *const r2 = row(entry + 2),
                    *const r3 = row(entry + 3);
     const A w0 = weight_of(job, entry, gate), w1 = weight_of(job, entry + 1, gate),
@@ -99,6 +105,7 @@ template <typename T>
 PERSEID_SIMD_CLONES void combine_outputs(const CombineJob<T>& job, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
   alignas(64) A sum[kTile];
+  const int64_t last_entry = entries_of(job.index, end - 1).end;
   for (int64_t n = begin; n < end; ++n) {
     const EntryRange entries = entries_of(job.index, n);
     for (int64_t gate = 0; gate < job.num_gates; ++gate) {
@@ -106,7 +113,7 @@ PERSEID_SIMD_CLONES void combine_outputs(const CombineJob<T>& job, int64_t begin
       for (int64_t column = 0; column < job.width; column += kTile) {
         const int64_t num_columns = std::min(kTile, job.width - column);
         for (int64_t i = 0; i < num_columns; ++i) sum[i] = A{0};
-        add_entries(job, entries, gate, column, num_columns, sum);
+        add_entries(job, entries, last_entry, gate, column, num_columns, sum);
 #pragma omp simd
         for (int64_t i = 0; i < num_columns; ++i) store(out + column + i, sum[i]);
       }
@@ -114,8 +121,7 @@ PERSEID_SIMD_CLONES void combine_outputs(const CombineJob<T>& job, int64_t begin
   }
 }
 
-// ---- backward
-// ------------------------------------------------------------------------------------
+// ---- backward ----
 template <typename T>
 PERSEID_INLINE Accumulate<T> dot(const T* a, const T* b, int64_t width) {
   Accumulate<T> sum = 0;
@@ -168,11 +174,17 @@ PERSEID_INLINE void sum_gates(const BackwardJob<T>& job, int64_t entry, const T*
 template <typename T>
 PERSEID_SIMD_CLONES void combine_outputs_backward(const BackwardJob<T>& job, int64_t begin,
                                                   int64_t end) {
+  const int64_t last_entry = entries_of(job.index, end - 1).end;
   for (int64_t n = begin; n < end; ++n) {
     const EntryRange entries = entries_of(job.index, n);
     const T* const grad = job.grad_out + n * job.num_gates * job.width;
     for (int64_t entry = entries.begin; entry < entries.end; ++entry) {
       const int64_t at = row_of_entry(job.index, entry) * job.width;
+      if (entry + kEntriesAhead < last_entry) {
+        const int64_t next = row_of_entry(job.index, entry + kEntriesAhead) * job.width;
+        if (job.grad_weights != nullptr) prefetch_for_read(job.rows + next, job.width);
+        if (job.grad_rows != nullptr) prefetch_for_write(job.grad_rows + next, job.width);
+      }
       if (job.num_gates == 1 && job.grad_rows != nullptr && job.grad_weights != nullptr) {
         job.grad_weights[entry] = scale_and_dot(grad, job.rows + at, weight_of(job, entry, 0),
                                                 job.width, job.grad_rows + at);
@@ -187,15 +199,16 @@ PERSEID_SIMD_CLONES void combine_outputs_backward(const BackwardJob<T>& job, int
   }
 }
 
-// ---- checks
-// --------------------------------------------------------------------------------------
+// ---- checks ----
 void check(const char* operation, const CombineIndex& index, const void* weights, int64_t num_gates,
            int64_t num_out, int64_t width) {
   require_count(operation, "num_out", num_out);
   require_count(operation, "width", width);
   require_count(operation, "fixed", index.fixed);
   require(num_gates >= 1, operation, "num_gates", num_gates, "is below 1; choose 1 or more");
-  require(weights != nullptr || num_gates == 1, operation, "num_gates", num_gates,
+  // Weights of no entries may be null: that is what an empty tensor holds.
+  const bool has_entries = num_out > 0 && entries_of(index, num_out - 1).end > 0;
+  require(weights != nullptr || num_gates == 1 || !has_entries, operation, "num_gates", num_gates,
           "differs from 1, but weights=null; pass weights or choose 1");
 }
 

@@ -47,12 +47,15 @@ struct RouterOutput {
       nullptr;  ///< [1] valid tokens with a NaN or an infinity in their logits
 };
 
-/// Selection is on the logit (softmax without bias) or on score + bias, in the type of the logits:
-/// larger first, then smaller id; -0 equals +0; NaN counts as -inf, and slots left without a
-/// candidate above -inf take the smallest unused ids. Weights follow the formula, so a NaN stays
-/// visible. One +inf gives weight 1 on it; a row of -inf gives 1/K each.
-/// Sums over tokens are formed in double over fixed blocks of tokens: same bits for any thread
-/// count. Reads T*E, writes T*K*2 elements.
+/// Selection is on the logit, with a bias on score + bias, in the type of the logits: larger first,
+/// then smaller id; -0 equals +0. NaN counts as -inf, and experts at -inf are taken last, by
+/// smaller id and whatever their bias. Choices are ordered by their logit, so by weight, then by
+/// smaller id. Weights follow the formula, so a NaN stays visible: all K weights are NaN if a
+/// chosen logit is NaN or, for softmax without `normalize`, if any logit is; sigmoid scores without
+/// `normalize` keep it to the choice itself. Softmax: several +inf share equally and leave 0 to the
+/// others; a row of -inf gives 1/K each. Sigmoid: finite there, s / (sum + 1e-20) as everywhere. A
+/// NaN makes the sums NaN. Sums over tokens are formed in double over fixed blocks of tokens: same
+/// bits for any thread count. Reads T*E, writes T*K*2 elements.
 void route(const RouterShape& shape, const RouterOptions& options, DType dtype,
            const RouterInput& input, const RouterOutput& output, Stream stream = {});
 void route_reference(const RouterShape& shape, const RouterOptions& options, DType dtype,
@@ -66,8 +69,11 @@ struct RouterGradInput {
   const void* grad_lse_square_sum = nullptr;  ///< [1]
 };
 
-/// grad_logits [T, E] is written whole: rows of invalid tokens and, without normalisation-wide
-/// terms, entries outside the selection are 0. Needs the same logits as the forward.
+/// grad_logits [T, E] is written whole: rows of invalid tokens and, without terms that reach all
+/// experts, entries outside the selection are 0. Needs the same logits as the forward. The bias has
+/// no gradient. K = 1 with `normalize` has weight route_scale and gradient 0. Where the maximum of
+/// a softmax is infinite its values are a convention, and their gradient is 0. Reads and writes T*E
+/// elements. Deterministic.
 void route_backward(const RouterShape& shape, const RouterOptions& options, DType dtype,
                     const RouterInput& input, const RouterGradInput& grad, void* grad_logits,
                     Stream stream = {});

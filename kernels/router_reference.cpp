@@ -159,8 +159,7 @@ void add_weight_gradient(const RouterOptions& options, const std::vector<double>
 
 }  // namespace
 
-// ---- one token
-// -----------------------------------------------------------------------------------
+// ---- one token ----
 template <typename T>
 void route_token(const RouterShape& shape, const RouterOptions& options, const T* logits,
                  const float* expert_bias, TokenRoute& route) {
@@ -227,8 +226,7 @@ template void route_token_backward(const RouterShape&, const RouterOptions&, con
 template void route_token_backward(const RouterShape&, const RouterOptions&, const double*,
                                    const TokenGrad<double>&, double*);
 
-// ---- all tokens
-// ----------------------------------------------------------------------------------
+// ---- all tokens ----
 void check_router(const char* operation, const RouterShape& shape, const RouterOptions& options,
                   const RouterInput& input) {
   constexpr int64_t kMax = std::numeric_limits<int32_t>::max();

@@ -370,27 +370,11 @@ double bound_or_fan_in(double bound, int64_t fan_in) {
   return bound > 0 ? bound : 1.0 / std::sqrt(static_cast<double>(fan_in));
 }
 
-void check_input(const Experts& experts, const at::Tensor& rows, const at::Tensor& weights,
-                 const at::Tensor& parameter, const LocalPlan& plan, const char* operation) {
-  require(rows.dim() == 2 && rows.size(1) == experts.d_in(), operation, "width",
-          rows.dim() == 2 ? rows.size(1) : -1,
-          "differs from d_in=" + std::to_string(experts.d_in()) + " of the experts");
-  require(rows.size(0) == plan.num_rows, operation, "rows", rows.size(0),
-          "differs from " + std::to_string(plan.num_rows) + " rows of the plan");
-  require(rows.scalar_type() == parameter.scalar_type(), operation, "dtype",
+void require_type(const at::Tensor& rows, const at::Tensor& parameter, const char* operation) {
+  require(rows.scalar_type() == parameter.scalar_type(), operation, "rows.dtype",
           c10::toString(rows.scalar_type()),
           std::string("differs from the experts' ") + c10::toString(parameter.scalar_type()) +
               "; convert the module or the tokens");
-  require(weights.dim() == 2 && weights.size(0) == plan.num_assignments, operation, "weights",
-          weights.dim() == 2 ? weights.size(0) : -1,
-          "differs from " + std::to_string(plan.num_assignments) + " assignments of the plan");
-  require(weights.scalar_type() == weight_type(rows), operation, "weights dtype",
-          c10::toString(weights.scalar_type()),
-          std::string("is not ") + c10::toString(weight_type(rows)));
-  require(plan.num_local_experts() == experts.num_local_experts(), operation, "experts",
-          plan.num_local_experts(),
-          "of the plan differ from " + std::to_string(experts.num_local_experts()) +
-              " experts of this rank");
 }
 
 void check_sizes(const GroupedMLPOptions& options) {
@@ -428,7 +412,8 @@ GroupedMLP::GroupedMLP(const GroupedMLPOptions& options, const ExpertPlacement& 
 
 at::Tensor GroupedMLP::forward(const at::Tensor& rows, const at::Tensor& weights,
                                const PlanPtr& plan) {
-  check_input(*this, rows, weights, up_proj, plan->local, "grouped_mlp");
+  require_inputs(rows, weights, plan->local);
+  require_type(rows, up_proj, "grouped_mlp");
   return MlpFunction::apply(rows, weights, up_proj, or_missing(up_bias), down_proj,
                             or_missing(down_bias), options_.activation(), options_.gated(), plan);
 }
@@ -449,7 +434,8 @@ GroupedLinear::GroupedLinear(const GroupedLinearOptions& options, const ExpertPl
 
 at::Tensor GroupedLinear::forward(const at::Tensor& rows, const at::Tensor& weights,
                                   const PlanPtr& plan) {
-  check_input(*this, rows, weights, weight, plan->local, "grouped_linear");
+  require_inputs(rows, weights, plan->local);
+  require_type(rows, weight, "grouped_linear");
   return LinearFunction::apply(rows, weights, weight, or_missing(bias), plan);
 }
 

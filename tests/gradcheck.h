@@ -35,7 +35,7 @@ using DifferentiableFunction = std::function<std::vector<at::Tensor>()>;
 /// Checks d<cotangents, outputs>/d(inputs) for random cotangents. `inputs` are float64, contiguous
 /// leaves; gradients are asked of them here, their values are moved and put back. An undefined
 /// gradient counts as zero. The scale of an input is its largest gradient element, but at least
-/// 1e-3 of the largest output, below which rounding hides a difference quotient.
+/// 1e-2 of the largest output, below which rounding hides a difference quotient.
 inline GradcheckResult gradcheck(const DifferentiableFunction& function,
                                  const std::vector<at::Tensor>& inputs,
                                  const GradcheckOptions& options = {}) {
@@ -100,7 +100,7 @@ inline GradcheckResult gradcheck(const DifferentiableFunction& function,
         gradients[n].defined() ? gradients[n].contiguous() : at::zeros_like(inputs[n]);
     double* data = inputs[n].data_ptr<double>();
     std::vector<double> differences;
-    double scale = std::max(1e-3 * output_max, 1e-300);
+    double scale = std::max(1e-2 * output_max, 1e-300);
     if (size > 0) scale = std::max(scale, gradient.abs().max().item<double>());
     for (const int64_t i : elements) {
       const double value = data[i];

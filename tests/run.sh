@@ -2,8 +2,8 @@
 # Builds everything and runs every test. Installs what is missing first.
 #   bash tests/run.sh                style checks, build, all tests
 #   bash tests/run.sh -R gates       only tests whose name matches; further arguments go to ctest
-#   bash tests/run.sh --asan         tests of kernels and comm under Address- and UBSanitizer
-#   bash tests/run.sh --tsan         the same under ThreadSanitizer
+#   bash tests/run.sh --asan         tests of kernels, comm and plans under Address- and UBSanitizer
+#   bash tests/run.sh --tsan         tests of kernels and comm under ThreadSanitizer
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . cmake/setup.sh

@@ -68,26 +68,33 @@ Entrants make_entrants(const LayerCase& shape, uint64_t seed) {
 
 // ---- checks
 // --------------------------------------------------------------------------------------
-void require_equal(const at::Tensor& actual, const at::Tensor& expected, const std::string& what) {
-  const double tolerance =
-      expected.scalar_type() == at::kBFloat16 || actual.scalar_type() == at::kBFloat16 ? 3e-2
-                                                                                       : 1e-4;
-  const at::Tensor want = expected.to(at::kDouble);
-  const double error = (actual.to(at::kDouble) - want).abs().max().item<double>();
-  const double scale = want.abs().max().item<double>();
-  if (error <= tolerance * scale) return;
-  throw InternalError(ErrorDetail{
-      "perseid-bench layer", what, to_text(error),
-      format_text("differs from the other contender by more than %g * %g", tolerance, scale)});
-}
+/// Compares what contenders of one case computed: the error relative to the largest value.
+class Comparison {
+ public:
+  explicit Comparison(at::ScalarType dtype) : tolerance_(dtype == at::kBFloat16 ? 3e-2 : 1e-4) {}
 
-void require_equal(const Outcome& actual, const Outcome& expected, const std::string& name,
-                   const std::vector<std::string>& grad_names) {
-  require_equal(actual.out, expected.out, name + ".out");
-  for (size_t i = 0; i < grad_names.size(); ++i) {
-    require_equal(actual.grads[i], expected.grads[i], name + ".grad_" + grad_names[i]);
+  void require_equal(const Outcome& actual, const Outcome& expected, const std::string& name,
+                     const std::vector<std::string>& grad_names) const {
+    require_equal(actual.out, expected.out, name + ".out");
+    for (size_t i = 0; i < grad_names.size(); ++i) {
+      require_equal(actual.grads[i], expected.grads[i], name + ".grad_" + grad_names[i]);
+    }
   }
-}
+
+ private:
+  void require_equal(const at::Tensor& actual, const at::Tensor& expected,
+                     const std::string& what) const {
+    const at::Tensor want = expected.to(at::kDouble);
+    const double error = (actual.to(at::kDouble) - want).abs().max().item<double>();
+    const double limit = tolerance_ * want.abs().max().item<double>();
+    if (error <= limit) return;
+    throw InternalError(
+        ErrorDetail{"perseid-bench layer", what + ".error", to_text(error),
+                    format_text("exceeds %g: two contenders compute different values", limit)});
+  }
+
+  double tolerance_;
+};
 
 /// Output and gradients of a peer behind a gate of LibTorch operations: all that the layer does.
 Outcome with_plain_gate(const LayerProblem& problem, PeerForward forward,
@@ -129,25 +136,25 @@ double check_load(const Entrants& entrants) {
 }
 
 double check_entrants(const Entrants& entrants) {
+  const Comparison comparison(entrants.problem.shape.dtype);
   const Outcome layer = entrants.layer->run();
   const double max_over_mean = check_load(entrants);
   for (size_t i = 0; i < entrants.peers.size(); ++i) {
     const std::string& name = entrants.peers[i]->name();
-    require_equal(
+    comparison.require_equal(
         with_plain_gate(entrants.problem, entrants.forwards[i], entrants.layer->experts()), layer,
         name + " with a gate", {"tokens", "up", "down", "router"});
     // As it is timed, with given weights: gradients of its tokens lack the way through the gate.
     const Outcome timed = entrants.peers[i]->run();
-    require_equal({timed.out, {timed.grads[1], timed.grads[2]}},
-                  {layer.out, {layer.grads[1], layer.grads[2]}}, name, {"up", "down"});
+    comparison.require_equal({timed.out, {timed.grads[1], timed.grads[2]}},
+                             {layer.out, {layer.grads[1], layer.grads[2]}}, name, {"up", "down"});
   }
-  require_equal(entrants.dense->run(), dense_reference(*entrants.dense), "dense",
-                {"rows", "up", "down"});
+  comparison.require_equal(entrants.dense->run(), dense_reference(*entrants.dense), "dense",
+                           {"rows", "up", "down"});
   return max_over_mean;
 }
 
-// ---- measurement and report
-// ----------------------------------------------------------------------
+// ---- measurement and report ------------------------------------------------------------------
 Result measure(const LayerCase& shape, const LayerBenchOptions& options) {
   const Entrants entrants = make_entrants(shape, options.seed);
   Result result;
@@ -167,10 +174,10 @@ const char* dtype_name(at::ScalarType dtype) {
 }
 
 std::string case_name(const LayerCase& shape) {
-  const auto number = [](int64_t value) { return std::to_string(value); };
-  return "(" + number(shape.num_tokens) + ", " + number(shape.d_model) + ", " + number(shape.d_ff) +
-         ", " + number(shape.num_experts) + ", " + number(shape.top_k) + ") " +
-         dtype_name(shape.dtype) + " " + name_of(shape.routing);
+  const auto number = [](int64_t value) { return static_cast<long long>(value); };
+  return format_text("(%lld, %lld, %lld, %lld, %lld) %s %s", number(shape.num_tokens),
+                     number(shape.d_model), number(shape.d_ff), number(shape.num_experts),
+                     number(shape.top_k), dtype_name(shape.dtype), name_of(shape.routing));
 }
 
 void print(const Result& result, std::ostream& out) {

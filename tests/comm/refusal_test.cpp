@@ -2,7 +2,7 @@
 // culprit, the argument and the value in each text, and the group stays usable. A group of one
 // throws the same error. Each rank in turn is the one that refuses.
 //   Rows, Plan, Row, Buffers, Counts, Collectives, Split, Layer
-//   HighestWins    of two refusals the same is thrown on all ranks
+//   HighestWins    of two refusals the same is thrown on all ranks; of equal ones the lowest rank's
 #include <limits>
 
 #include "comm/collectives.h"
@@ -184,6 +184,10 @@ TEST(Refusal, HighestWins) {
     EXPECT_EQ(caught.type, "ConfigError");
     EXPECT_EQ(caught.detail.culprit, 1);
     expect_contains(caught.text, {"[broadcast] root=-2 of rank 1"});
+    const Caught equal = catch_error(
+        [&] { comm::broadcast(data.data(), 4, group.rank() == 0 ? 0 : -group.rank(), group); });
+    EXPECT_EQ(equal.detail.culprit, 1);
+    expect_contains(equal.text, {"[broadcast] root=-1 of rank 1"});
   });
 }
 

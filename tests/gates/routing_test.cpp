@@ -135,9 +135,9 @@ TEST(Routing, ValidateRefuses) {
        },
        "[plan] token_offsets=0..3 must run from 0 to the 4 assignments"},
       {[](Routing& r) {
-         r.token_offsets = at::tensor({0, 3, 1, 4}, at::kInt);
+         r.token_offsets = at::tensor({0, 2, 1, 4}, at::kInt);
        },
-       "[plan] token_offsets=1 is not between 3 and 4 at token 1"},
+       "[plan] token_offsets=1 is not between 2 and 4 at token 1"},
       {[](Routing& r) {
          r.expert_idx = at::tensor({0, 1, 3, 1}, at::kInt);
        },

@@ -183,7 +183,9 @@ TEST(Combine, IsTranspose) {
 TEST(Combine, WrongArguments) {
   EXPECT_EQ(config_error([] { combine(nullptr, {}, nullptr, 0, nullptr, 0, 0, DType::kFloat32); }),
             "[combine] num_gates=0 is below 1; choose 1 or more");
-  EXPECT_EQ(config_error([] { combine(nullptr, {}, nullptr, 2, nullptr, 0, 0, DType::kFloat32); }),
+  EXPECT_EQ(config_error([] {
+              combine(nullptr, {nullptr, 3, nullptr}, nullptr, 2, nullptr, 1, 0, DType::kFloat32);
+            }),
             "[combine] num_gates=2 differs from 1, but weights=null; pass weights or choose 1");
   EXPECT_EQ(config_error([] {
               combine_backward(nullptr, nullptr, {}, nullptr, 1, nullptr, nullptr, 1, -3,
