@@ -7,11 +7,12 @@ set(perseid_package_dir "${CMAKE_INSTALL_LIBDIR}/cmake/Perseid")
 file(STRINGS "${PROJECT_SOURCE_DIR}/cmake/private_headers.txt" private_headers REGEX "^[^#]")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
   "${PROJECT_SOURCE_DIR}/cmake/private_headers.txt")
+list(TRANSFORM private_headers REPLACE "(.+)" "PATTERN;\\1;EXCLUDE")
 
 foreach(folder IN ITEMS kernels comm gates moe)
-  file(GLOB headers CONFIGURE_DEPENDS RELATIVE "${PROJECT_SOURCE_DIR}" "${folder}/*.h")
-  list(REMOVE_ITEM headers ${private_headers})
-  install(FILES ${headers} DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/perseid/${folder}")
+  install(DIRECTORY "${PROJECT_SOURCE_DIR}/${folder}"
+    DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/perseid"
+    FILES_MATCHING PATTERN "*.h" ${private_headers})
   install(TARGETS perseid_${folder} EXPORT PerseidTargets
     ARCHIVE DESTINATION "${CMAKE_INSTALL_LIBDIR}")
 endforeach()

@@ -191,11 +191,12 @@ perseid_build() { # FOLDER TARGET...
 }
 
 perseid_mpi_environment() {
-  local setting
+  local setting name
   for setting in OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 \
     OMPI_MCA_rmaps_base_oversubscribe=1 PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe \
     OMPI_MCA_hwloc_base_binding_policy=none OMPI_MCA_btl_vader_single_copy_mechanism=none \
-    OMP_NUM_THREADS=1; do
-    [ -n "${!setting%%=*}" ] || export "${setting?}"
+    HWLOC_HIDE_ERRORS=2 OMP_NUM_THREADS=1; do
+    name=${setting%%=*}
+    [ -n "${!name:-}" ] || export "${setting?}"
   done
 }

@@ -18,7 +18,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain,
 int num_threads();
 
 /// Replaces the pool behind parallel_for; moe sets LibTorch's, so that no second pool competes for
-/// the cores. Without a call everything runs on the calling thread. Not safe while kernels run.
+/// the cores. Without a call, or with null, everything runs on the calling thread. Not safe while
+/// kernels run.
 void set_parallel_for(ParallelFor implementation, std::function<int()> num_threads);
 
 /// Runs body(task) for task = 0 .. num_tasks-1. Each thread takes the next task when it is done

@@ -24,7 +24,7 @@ if [ "$preset" = cpu ]; then
 fi
 if [ ! -e "$build/build.ninja" ]; then
   perseid_say "configuring $build"
-  cmake --preset "$preset" -Wno-dev --log-level=WARNING
+  cmake --preset "$preset" >/dev/null
 fi
 perseid_say "building $build"
 perseid_build "$build" all

@@ -1,11 +1,13 @@
 #include "examples/common/console.h"
 
+#include <fcntl.h>
 #include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <filesystem>
 #include <numeric>
 #include <ostream>
 #include <string_view>
@@ -16,10 +18,25 @@
 namespace perseid::examples {
 namespace {
 
-int terminal_columns() {
+int columns_of(int file) {
   winsize size{};
-  const bool known = ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 0;
-  return known ? size.ws_col : 80;
+  return isatty(file) != 0 && ioctl(file, TIOCGWINSZ, &size) == 0 ? size.ws_col : 0;
+}
+
+// Columns of the terminal that a person looks at, 0 if there is none. mpirun gives its ranks a
+// terminal of its own without a size, wherever its output goes; then its own output counts.
+int terminal_columns() {
+  if (isatty(STDOUT_FILENO) == 0) return 0;
+  if (const int columns = columns_of(STDOUT_FILENO)) return columns;
+  std::error_code failed;
+  const std::string parent = "/proc/" + std::to_string(getppid()) + "/fd/1";
+  const std::string target = std::filesystem::read_symlink(parent, failed).string();
+  if (failed || target.rfind("/dev/", 0) != 0) return 0;
+  const int file = open(target.c_str(), O_RDONLY | O_NOCTTY | O_CLOEXEC);
+  if (file < 0) return 0;
+  const int columns = columns_of(file);
+  close(file);
+  return columns;
 }
 
 std::string padded(const std::string& text, size_t columns, bool left) {
@@ -37,19 +54,19 @@ std::string frame(const std::vector<size_t>& widths) {
 
 }  // namespace
 
-Progress::Progress(std::ostream& out, bool one_line) : out_(out), one_line_(one_line) {}
+Progress::Progress(std::ostream& out, int columns) : out_(out), columns_(columns) {}
 
 Progress::~Progress() {
   if (open_) out_ << '\n' << std::flush;
 }
 
 void Progress::update(const std::string& line) {
-  if (!one_line_) {
+  if (columns_ == 0) {
     out_ << line << '\n' << std::flush;
     return;
   }
   // A line as wide as the terminal would wrap, and then it could not be written over.
-  out_ << "\r\033[K" << cut_text(line, terminal_columns() - 1) << std::flush;
+  out_ << "\r\033[K" << cut_text(line, columns_ - 1) << std::flush;
   open_ = true;
 }
 
@@ -59,9 +76,9 @@ void Progress::print(const std::string& line) {
   out_ << line << '\n' << std::flush;
 }
 
-bool is_terminal() {
+int progress_columns() {
   const char* term = std::getenv("TERM");
-  return isatty(STDOUT_FILENO) != 0 && term != nullptr && std::string_view(term) != "dumb";
+  return term != nullptr && std::string_view(term) != "dumb" ? terminal_columns() : 0;
 }
 
 std::string settings_table(const std::vector<Setting>& settings) {

@@ -10,9 +10,9 @@ namespace perseid::examples {
 /// own.
 class Progress {
  public:
-  /// @param out          borrowed
-  /// @param one_line     true: written over
-  explicit Progress(std::ostream& out, bool one_line);
+  /// @param out      borrowed
+  /// @param columns  of the terminal, see progress_columns; 0: no terminal
+  Progress(std::ostream& out, int columns);
   ~Progress();
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
@@ -22,12 +22,13 @@ class Progress {
 
  private:
   std::ostream& out_;
-  bool one_line_;
+  int columns_;
   bool open_ = false;  ///< the cursor stands behind a line that may be written over
 };
 
-/// True if standard output is a terminal that can move its cursor.
-bool is_terminal();
+/// Columns of the terminal behind standard output, also through mpirun; 0 if there is none, or one
+/// that cannot move its cursor.
+int progress_columns();
 
 /// Name and value in two columns with a frame: the settings of a run.
 struct Setting {

@@ -123,11 +123,11 @@ void add_training_flags(CLI::App& app, ProgramOptions& options) {
       ->group("Training");
   app.add_option("--seed,--seeds", options.seeds,
                  "seeds of initial weights and order, one run for each")
-      ->check(in_range<uint64_t>(0, UINT64_MAX))
+      ->check(in_range<int64_t>(0, INT64_MAX))
       ->capture_default_str()
       ->group("Training");
   app.add_option("--data-seed", options.data_seed, "seed of the domains and the pixel permutation")
-      ->check(in_range<uint64_t>(0, UINT64_MAX))
+      ->check(in_range<int64_t>(0, INT64_MAX))
       ->capture_default_str()
       ->group("Training");
   app.add_option("--data", options.data,

@@ -73,7 +73,7 @@ void run_program(const ProgramOptions& options, SharedImages& images, const comm
   std::unique_ptr<JsonLines> json;
   agreed(world, "open_files",
          [&] { json = std::make_unique<JsonLines>(speaks ? options.json : std::string()); });
-  Progress progress(out, speaks && !options.plain && is_terminal());
+  Progress progress(out, speaks && !options.plain ? progress_columns() : 0);
   if (speaks) out << start_table(options, images.folder(), data, world.size(), threads);
 
   std::vector<FinishedRun> runs;

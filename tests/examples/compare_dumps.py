@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Compares files of `train_fashion --dump`: losses and weights, relative to the largest value.
+"""Compares files of `train_fashion --dump`: losses and weights.
 
-    compare_dumps.py TOLERANCE REFERENCE OTHER...
+    compare_dumps.py {max|norm} TOLERANCE REFERENCE OTHER...
+
+max: the largest difference relative to the largest value. norm: the same of 2-norms.
 """
 import json
 import math
@@ -13,14 +15,14 @@ def load(path):
         return json.load(file)
 
 
-def difference(a, b):
+def difference(a, b, kind):
     if len(a) != len(b) or not all(map(math.isfinite, a + b)):
         return math.inf
-    scale = max(map(abs, a), default=0) or 1
-    return max((abs(x - y) for x, y in zip(a, b)), default=0) / scale
+    size = math.hypot if kind == "norm" else lambda *values: max(map(abs, values), default=0)
+    return size(*(x - y for x, y in zip(a, b))) / (size(*a) or 1)
 
 
-tolerance, first, *others = sys.argv[1:]
+kind, tolerance, first, *others = sys.argv[1:]
 reference = load(first)
 names = [name for name in reference if name not in ("gate", "ranks")]
 ok = bool(others) and "losses" in names and any(name.startswith("experts.") for name in names)
@@ -31,7 +33,7 @@ for path in others:
         if name.endswith(".shape"):
             ok = ok and reference[name] == other[name]
             continue
-        found = difference(reference[name], other[name])
+        found = difference(reference[name], other[name], kind)
         verdict = "ok" if found <= float(tolerance) else "TOO LARGE"
         ok = ok and found <= float(tolerance)
         print(f"{path}: {name}: {found:.1e} {verdict}")

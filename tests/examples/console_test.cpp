@@ -36,7 +36,7 @@ TEST(Text, Counts) {
 
 TEST(Progress, PlainLines) {
   std::ostringstream out;
-  Progress progress(out, false);
+  Progress progress(out, 0);
   progress.update("step 1");
   progress.update("step 2");
   progress.print("done");
@@ -46,13 +46,13 @@ TEST(Progress, PlainLines) {
 TEST(Progress, OneLine) {
   std::ostringstream out;
   {
-    Progress progress(out, true);
+    Progress progress(out, 20);
     progress.update("step 1");
     progress.update("step 2");
     progress.print("done");
-    progress.update("step 1");
+    progress.update("a line that is wider than the terminal");
   }
-  EXPECT_EQ(out.str(), "\r\033[Kstep 1\r\033[Kstep 2\r\033[Kdone\n\r\033[Kstep 1\n");
+  EXPECT_EQ(out.str(), "\r\033[Kstep 1\r\033[Kstep 2\r\033[Kdone\n\r\033[Ka line that is wide\n");
 }
 
 TEST(Tables, Aligned) {

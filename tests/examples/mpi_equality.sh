@@ -22,9 +22,13 @@ for dtype in float64 float32; do
   run one "$dtype" "$train"
   run local4 "$dtype" "$train" --comm local --local-ranks 4 --idle-ranks 1
   for ranks in 1 2 4; do run "mpi$ranks" "$dtype" "$mpiexec" -n "$ranks" "$train"; done
-  run mpi4idle "$dtype" "$mpiexec" -n 4 "$train" --idle-ranks 1 --ep-size 2
-  tolerance=1e-12
-  [ "$dtype" = float64 ] || tolerance=1e-5
-  python3 "$here/compare_dumps.py" "$tolerance" "$work/one.$dtype.json" \
-    "$work"/{local4,mpi1,mpi2,mpi4,mpi4idle}."$dtype.json"
+  run mpi4replicas "$dtype" "$mpiexec" -n 4 "$train" --idle-ranks 1 --ep-size 2
+  tolerance=1e-12 kind=max
+  # Replicas of an expert add up partial sums. Adam divides a gradient by its size, so where it is
+  # nearly 0 a float32 rounding error becomes a step of that one weight: compare norms.
+  [ "$dtype" = float64 ] || tolerance=1e-5 kind=norm
+  python3 "$here/compare_dumps.py" max "$tolerance" "$work/one.$dtype.json" \
+    "$work"/{local4,mpi1,mpi2,mpi4}."$dtype.json"
+  python3 "$here/compare_dumps.py" "$kind" "$tolerance" "$work/one.$dtype.json" \
+    "$work/mpi4replicas.$dtype.json"
 done
