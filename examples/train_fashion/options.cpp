@@ -159,7 +159,9 @@ void add_parallel_flags(CLI::App& app, ProgramOptions& options) {
       ->check(in_range<int64_t>(0, 1 << 20))
       ->capture_default_str()
       ->group("Ranks");
-  app.add_option("--threads", options.threads, "threads of a rank; 0: cores / ranks of the host")
+  app.add_option("--threads", options.threads,
+                 "threads of a rank; the steps are so small that more hardly help; 0: cores / "
+                 "ranks of the host")
       ->check(in_range<int64_t>(0, 1024))
       ->capture_default_str()
       ->group("Ranks");

@@ -15,7 +15,7 @@ struct ProgramOptions {
   TrainOptions train;      ///< its gate and seed are those of the run
   std::string data;        ///< folder; empty: see data_places
   uint64_t data_seed = 0;  ///< of the domains and of the pixel permutation
-  int64_t threads = 0;     ///< of this rank; 0: the cores of the host / its ranks
+  int64_t threads = 1;     ///< of this rank; 0: the cores of the host / its ranks
   bool plain = false;      ///< no line that is written over
   std::string json;        ///< file for the results; empty: none
   std::string dump;        ///< file for losses and weights; empty: none

@@ -1,7 +1,7 @@
 // Values of the top-k gate.
 //   Golden               logits (1, 2, .5, -1): the published formulas, to 1e-9
 //   SelectedEqualsAll... softmax over the selection = softmax over all, renormalised, to 1e-15
-//   AllExpertsAreDense   K = E is the dense softmax, to 1e-7
+//   AllExpertsAreDense   K = E is the dense softmax, to an absolute 1e-7
 //   EqualsReference      both scores, both normalisations, all K: to 1e-14 in float64
 //   ExpertPermutation    rows of the weight permuted: ids permuted, weights and losses the same
 //   TokenPermutation     rows permuted, bit for bit
@@ -82,7 +82,9 @@ TEST(TopKGate, AllExpertsAreDense) {
       TopKGate gate(TopKGateOptions(6, 8).top_k(8).normalization(normalization));
       gate.to(type);
       const Tensor dense = gates::dense_weights(gate.forward(input_of(tokens)).routing, 8);
-      EXPECT_TRUE(close_to(dense, tokens.mm(gate.weight.t()).softmax(1), 1e-7 * 2));
+      // Absolute: a row of weights sums to 1.
+      const Tensor expected = tokens.mm(gate.weight.t()).softmax(1);
+      EXPECT_LE((dense - expected).abs().max().item<double>(), 1e-7);
     }
   }
 }
