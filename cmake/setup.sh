@@ -85,7 +85,7 @@ perseid_install_packages() { # PACKAGE...
   local install=(install --fix-broken --no-install-recommends "${missing[@]}")
   size=$(perseid_apt "${install[@]}" --assume-no 2>/dev/null |
     sed -n 's/^Need to get \(.*\) of archives.*/\1/p' || true)
-  perseid_say "apt-get installs them and what they need: ${size:-some} to download, a minute or two"
+  perseid_say "apt-get installs them and what they need: ${size:-an unknown amount} to download, a minute or two"
   perseid_apt "${install[@]}" --assume-yes >"$log" 2>&1 || perseid_apt_failed "$log" "${missing[@]}"
   rm -f "$log"
 }

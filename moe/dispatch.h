@@ -10,8 +10,8 @@ namespace perseid {
 
 using PlanPtr = std::shared_ptr<const RoutingPlan>;
 
-// All four are collective over `group` (with 0 rows too), differentiable, and keep only the plan for
-// the backward. combine is the transpose of dispatch: the backward of each is the other.
+// All four are collective over `group` (with 0 rows too), differentiable, and keep only the plan
+// for the backward. combine is the transpose of dispatch: the backward of each is the other.
 
 /// Rows of tokens at the ranks of their experts. @param tokens [T, D] @return [N, D]; with one rank
 /// and a row for every token it is `tokens` itself, no copy.

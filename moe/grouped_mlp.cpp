@@ -48,9 +48,8 @@ at::Tensor gathered(const at::Tensor& rows, const at::Tensor& row_of, const Segm
 /// The reverse: rows of a segment to their places in a buffer by assignment.
 void scattered(const at::Tensor& segment_rows, const at::Tensor& order, const Segment& segment,
                at::Tensor& out) {
-  kernels::unpermute(data_of(segment_rows), int32_data(order) + segment.begin,
-                     mutable_data_of(out), segment.num_rows(),
-                     out.size(1) * out.element_size());
+  kernels::unpermute(data_of(segment_rows), int32_data(order) + segment.begin, mutable_data_of(out),
+                     segment.num_rows(), out.size(1) * out.element_size());
 }
 
 /// out = a b + bias, bias may be undefined.
@@ -67,9 +66,7 @@ void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b,
 at::Tensor or_missing(const at::Tensor& bias) {
   return bias.defined() ? bias : at::empty({0}, at::kFloat);
 }
-at::Tensor or_undefined(const at::Tensor& bias) {
-  return bias.dim() == 2 ? bias : at::Tensor();
-}
+at::Tensor or_undefined(const at::Tensor& bias) { return bias.dim() == 2 ? bias : at::Tensor(); }
 
 at::Tensor expert_part(const at::Tensor& stacked, int64_t expert) {
   return stacked.defined() ? stacked.select(0, expert) : at::Tensor();
@@ -135,11 +132,10 @@ StackedGradient wanted_gradient(bool wanted, const at::Tensor& parameter,
 struct MlpFunction : torch::autograd::Function<MlpFunction> {
   enum Input { kRows, kWeights, kUp, kUpBias, kDown, kDownBias };
 
-  static Variable forward(AutogradContext* ctx, const Variable& rows_in,
-                          const Variable& weights_in, const Variable& up,
-                          const Variable& up_bias_in, const Variable& down,
-                          const Variable& down_bias_in, kernels::Activation activation,
-                          bool gated, const PlanPtr& plan) {
+  static Variable forward(AutogradContext* ctx, const Variable& rows_in, const Variable& weights_in,
+                          const Variable& up, const Variable& up_bias_in, const Variable& down,
+                          const Variable& down_bias_in, kernels::Activation activation, bool gated,
+                          const PlanPtr& plan) {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor up_bias = or_undefined(up_bias_in), down_bias = or_undefined(down_bias_in);
     const at::Tensor rows = rows_in.contiguous();
@@ -185,8 +181,7 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
                      &down = saved[kDown], &pre = saved[kDownBias + 1];
     const at::Tensor up_bias = or_undefined(saved[kUpBias]);
     const at::Tensor down_bias = or_undefined(saved[kDownBias]);
-    const auto activation =
-        static_cast<kernels::Activation>(ctx->saved_data["activation"].toInt());
+    const auto activation = static_cast<kernels::Activation>(ctx->saved_data["activation"].toInt());
     const bool gated = ctx->saved_data["gated"].toBool();
     const PlanPtr plan = kept(ctx);
     const LocalPlan& local = plan->local;
@@ -205,9 +200,9 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     at::Tensor y_all = !weight_inside && wants_weights
                            ? at::empty({local.num_assignments, d_out}, rows.options())
                            : at::Tensor();
-    at::Tensor grad_x =
-        wants_rows ? at::empty({local.num_assignments, rows.size(1)}, rows.options())
-                   : at::Tensor();
+    at::Tensor grad_x = wants_rows
+                            ? at::empty({local.num_assignments, rows.size(1)}, rows.options())
+                            : at::Tensor();
 
     const std::vector<Segment> segments = make_segments(local);
     StackedGradient grad_up = wanted_gradient(ctx->needs_input_grad(kUp), up, segments);
@@ -220,9 +215,8 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     for_each_segment(segments, [&](const Segment& segment, Scratch& scratch) {
       const int64_t n = segment.num_rows(), e = segment.expert;
       const at::Tensor pre_rows = pre.narrow(0, segment.begin, n);
-      const at::Tensor g = weight_inside
-                               ? gathered(grad_out, row_of, segment, scratch, 0)
-                               : gathered(grad_y, local.order, segment, scratch, 0);
+      const at::Tensor g = weight_inside ? gathered(grad_out, row_of, segment, scratch, 0)
+                                         : gathered(grad_y, local.order, segment, scratch, 0);
       const at::Tensor scale = weight_inside ? sorted.narrow(0, segment.begin, n) : at::Tensor();
       at::Tensor grad_act = scratch.rows(1, n, d_ff, rows.options());
       product(grad_act, g, down.select(0, e));
@@ -239,8 +233,7 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
           grad_scale.add_(at::mv(g, down_bias.select(0, e)).unsqueeze(1));
         }
         if (grad_down_bias.wanted()) {
-          grad_down_bias.part(segment).copy_(
-              at::mv(g.t(), scale.select(1, 0).to(g.scalar_type())));
+          grad_down_bias.part(segment).copy_(at::mv(g.t(), scale.select(1, 0).to(g.scalar_type())));
         }
       } else if (grad_down_bias.wanted()) {
         grad_down_bias.part(segment).copy_(g.sum(0));
@@ -294,9 +287,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     return out;
   }
 
-  static Variable forward(AutogradContext* ctx, const Variable& rows_in,
-                          const Variable& weights_in, const Variable& matrix,
-                          const Variable& bias, const PlanPtr& plan) {
+  static Variable forward(AutogradContext* ctx, const Variable& rows_in, const Variable& weights_in,
+                          const Variable& matrix, const Variable& bias, const PlanPtr& plan) {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor rows = rows_in.contiguous();
     const at::Tensor weights = weights_in.contiguous();
@@ -318,15 +310,13 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const at::Tensor grad_y = expanded(grad_out, weights, local, matrix.size(1));
     at::Tensor grad_weights;
     if (ctx->needs_input_grad(kWeights)) {
-      grad_weights =
-          weight_gradient(grad_out, outputs(rows, matrix, bias, local), weights, local);
+      grad_weights = weight_gradient(grad_out, outputs(rows, matrix, bias, local), weights, local);
     }
-    at::Tensor grad_x =
-        wants_rows ? at::empty({local.num_assignments, rows.size(1)}, rows.options())
-                   : at::Tensor();
+    at::Tensor grad_x = wants_rows
+                            ? at::empty({local.num_assignments, rows.size(1)}, rows.options())
+                            : at::Tensor();
     const std::vector<Segment> segments = make_segments(local);
-    StackedGradient grad_matrix =
-        wanted_gradient(ctx->needs_input_grad(kMatrix), matrix, segments);
+    StackedGradient grad_matrix = wanted_gradient(ctx->needs_input_grad(kMatrix), matrix, segments);
     StackedGradient grad_bias = wanted_gradient(ctx->needs_input_grad(kBias), bias, segments);
     for_each_segment(segments, [&](const Segment& segment, Scratch& scratch) {
       const at::Tensor g = gathered(grad_y, local.order, segment, scratch, 0);
@@ -340,8 +330,11 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
         scattered(dx, local.order, segment, grad_x);
       }
     });
-    return {wants_rows ? reduced(grad_x, {}, local) : at::Tensor(), grad_weights,
-            grad_matrix.finish(), grad_bias.finish(), {}};
+    return {wants_rows ? reduced(grad_x, {}, local) : at::Tensor(),
+            grad_weights,
+            grad_matrix.finish(),
+            grad_bias.finish(),
+            {}};
   }
 };
 
@@ -425,10 +418,10 @@ GroupedLinear::GroupedLinear(const GroupedLinearOptions& options, const ExpertPl
   require(options.init_bound() >= 0 && std::isfinite(options.init_bound()), "grouped_linear",
           "init_bound", options.init_bound(), "is not a finite number >= 0");
   use_libtorch_threads();
-  weight = register_parameter(
-      "weight", stacked_uniform(expert_ids(), {d_out(), d_in()},
-                                bound_or_fan_in(options.init_bound(), d_in()), options.seed(),
-                                options.layer_id(), 0));
+  weight =
+      register_parameter("weight", stacked_uniform(expert_ids(), {d_out(), d_in()},
+                                                   bound_or_fan_in(options.init_bound(), d_in()),
+                                                   options.seed(), options.layer_id(), 0));
   if (options.bias()) bias = register_parameter("bias", stacked_zeros(expert_ids(), d_out()));
 }
 

@@ -9,23 +9,23 @@ namespace perseid {
 struct GroupedMLPOptions {
   GroupedMLPOptions(int64_t d_model, int64_t d_ff) : d_model_(d_model), d_ff_(d_ff) {}
   TORCH_ARG(int64_t, d_model);
-  TORCH_ARG(int64_t, d_ff);                ///< F, the width of one of gate and up
-  TORCH_ARG(int64_t, d_out) = 0;           ///< 0: d_model
+  TORCH_ARG(int64_t, d_ff);       ///< F, the width of one of gate and up
+  TORCH_ARG(int64_t, d_out) = 0;  ///< 0: d_model
   TORCH_ARG(kernels::Activation, activation) = kernels::Activation::kSilu;
-  TORCH_ARG(bool, gated) = true;           ///< SwiGLU, GEGLU; false: plain, f(x W1) W2
+  TORCH_ARG(bool, gated) = true;  ///< SwiGLU, GEGLU; false: plain, f(x W1) W2
   TORCH_ARG(bool, bias) = false;
-  TORCH_ARG(double, init_bound) = 0;       ///< weights uniform in +-init_bound; 0: 1/sqrt(fan in)
+  TORCH_ARG(double, init_bound) = 0;  ///< weights uniform in +-init_bound; 0: 1/sqrt(fan in)
   TORCH_ARG(uint64_t, seed) = 0;
   TORCH_ARG(int64_t, layer_id) = 0;
 };
 
 /// Two-layer experts of one shape. Rows are handled expert by expert, no padding.
 /// Parameters, in the fused layout of transformers 5:
-///   gate_up_proj [L, 2F, D] (gate rows first; plain experts: up_proj [L, F, D]), down_proj [L, d_out, F]
-///   and with bias: gate_up_bias [L, 2F] (up_bias [L, F]), down_bias [L, d_out]
+///   gate_up_proj [L, 2F, D] (gate rows first; plain experts: up_proj [L, F, D]), down_proj [L,
+///   d_out, F] and with bias: gate_up_bias [L, 2F] (up_bias [L, F]), down_bias [L, d_out]
 /// Initialised by (seed, layer_id, global expert id): any rank count starts from the same weights.
-/// Saves for the backward: the rows and the pre-activation, N*D + 2*R*F elements (plain: R*F), since
-/// the routing weight is applied to the activation (specified in kernels/activation.h).
+/// Saves for the backward: the rows and the pre-activation, N*D + 2*R*F elements (plain: R*F),
+/// since the routing weight is applied to the activation (specified in kernels/activation.h).
 class GroupedMLP : public Experts {
  public:
   GroupedMLP(const GroupedMLPOptions& options, const ExpertPlacement& placement, int ep_rank);
@@ -46,8 +46,8 @@ struct GroupedLinearOptions {
   GroupedLinearOptions(int64_t d_in, int64_t d_out) : d_in_(d_in), d_out_(d_out) {}
   TORCH_ARG(int64_t, d_in);
   TORCH_ARG(int64_t, d_out);
-  TORCH_ARG(bool, bias) = true;            ///< starts at 0
-  TORCH_ARG(double, init_bound) = 0;       ///< weights uniform in +-init_bound; 0: 1/sqrt(d_in)
+  TORCH_ARG(bool, bias) = true;       ///< starts at 0
+  TORCH_ARG(double, init_bound) = 0;  ///< weights uniform in +-init_bound; 0: 1/sqrt(d_in)
   TORCH_ARG(uint64_t, seed) = 0;
   TORCH_ARG(int64_t, layer_id) = 0;
 };

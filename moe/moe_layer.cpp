@@ -24,8 +24,8 @@ constexpr const char* kName = "moe_layer";
 std::vector<int64_t> pack(const MoEStats& stats) {
   std::vector<int64_t> packed = {stats.num_dropped, stats.num_tokens, stats.rows_processed};
   for (const gates::GateStats& gate : stats.gates) {
-    packed.insert(packed.end(), {gate.num_tokens, gate.num_assignments,
-                                 gate.tokens_without_expert, gate.non_finite_tokens});
+    packed.insert(packed.end(), {gate.num_tokens, gate.num_assignments, gate.tokens_without_expert,
+                                 gate.non_finite_tokens});
     const int64_t* counts = gate.tokens_per_expert.const_data_ptr<int64_t>();
     packed.insert(packed.end(), counts, counts + gate.tokens_per_expert.numel());
   }
@@ -126,8 +126,8 @@ MoELayer::MoELayer(std::vector<std::shared_ptr<gates::Gate>> gates,
                 " of the placement");
   }
   const comm::Group& ep = groups_.expert_parallel;
-  require(placement_.num_ranks() == ep.size(), kName, "placement.num_ranks",
-          placement_.num_ranks(), "differs from ep_size=" + std::to_string(ep.size()));
+  require(placement_.num_ranks() == ep.size(), kName, "placement.num_ranks", placement_.num_ranks(),
+          "differs from ep_size=" + std::to_string(ep.size()));
   require(experts_->expert_ids() == placement_.experts_of(ep.rank()), kName, "experts",
           experts_->num_local_experts(),
           "are not those that the placement gives to rank " + std::to_string(ep.rank()) +
@@ -151,11 +151,11 @@ MoEOutput MoELayer::forward(const MoEInput& input) {
   const comm::Group& ep = groups_.expert_parallel;
   const gates::GateInput gate_input = agree_on_input(input, site);
   Decision decision = decide(gate_input, site);
-  const auto plan = make_routing_plan(decision.selection.routing, placement_, ep,
-                                      {options_.strict, site});
+  const auto plan =
+      make_routing_plan(decision.selection.routing, placement_, ep, {options_.strict, site});
   const at::Tensor rows = dispatch(input.tokens, plan, ep, site);
-  const at::Tensor weights = dispatch_weights(
-      decision.selection.weights.to(weight_type(input.tokens)), plan, ep, site);
+  const at::Tensor weights =
+      dispatch_weights(decision.selection.weights.to(weight_type(input.tokens)), plan, ep, site);
   const at::Tensor combined = combine(experts_->forward(rows, weights, plan), plan, ep, site);
   return finish(input, combined, std::move(decision));
 }
@@ -175,8 +175,8 @@ gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite 
     gates::validate(gate_input, -1, kName);
   });
   // Tokens of the ranks before this one, and the valid ones of all.
-  const int64_t mine[2] = {input.tokens.size(0), input.valid ? input.valid->sum().item<int64_t>()
-                                                             : input.tokens.size(0)};
+  const int64_t mine[2] = {input.tokens.size(0),
+                           input.valid ? input.valid->sum().item<int64_t>() : input.tokens.size(0)};
   std::vector<int64_t> all(2 * static_cast<size_t>(world.size()));
   comm::all_gather(mine, sizeof(mine), all.data(), world, site);
   for (int r = 0; r < world.size(); ++r) {
@@ -197,9 +197,8 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input, comm::CallSit
     for (const auto& gate : gates_) {
       gates::GateOutput out = gate->forward(input);
       gates::validate(out.routing, placement_.num_experts(), gate->name().c_str());
-      CappedRouting capped =
-          apply_capacity(out.routing, options_.capacity, out.stats.num_tokens, gate->top_k(),
-                         placement_.num_experts());
+      CappedRouting capped = apply_capacity(out.routing, options_.capacity, out.stats.num_tokens,
+                                            gate->top_k(), placement_.num_experts());
       stats.num_dropped += capped.num_dropped;
       non_finite += out.stats.non_finite_tokens;
       routings.push_back(std::move(capped.routing));

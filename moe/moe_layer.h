@@ -23,8 +23,8 @@ enum class OnNonFinite : uint8_t {
 struct MoELayerOptions {
   CapacityOptions capacity;
   OnNonFinite on_nonfinite = OnNonFinite::kRaise;
-  bool strict = true;      ///< same bits at any number of ranks, see RoutingPlan
-  int layer_id = 0;        ///< names the layer in errors and in the headers that ranks compare
+  bool strict = true;  ///< same bits at any number of ranks, see RoutingPlan
+  int layer_id = 0;    ///< names the layer in errors and in the headers that ranks compare
 };
 
 struct MoEInput {
@@ -43,7 +43,7 @@ struct MoEStats {
   std::vector<gates::GateStats> gates;  ///< [G]
   int64_t num_dropped = 0;              ///< assignments lost to capacity
   int64_t num_tokens = 0;               ///< valid tokens
-  int64_t rows_processed = 0;           ///< (token, expert) pairs that experts ran, after merging gates
+  int64_t rows_processed = 0;  ///< (token, expert) pairs that experts ran, after merging gates
 };
 
 struct MoEOutput {
@@ -56,15 +56,16 @@ struct MoEOutput {
   at::Tensor loss() const;
 };
 
-/// A sparse mixture-of-experts layer over the ranks of its groups. Several gates (one per task) share
-/// the experts: an expert that more than one gate selects for a token runs once.
-/// forward is collective over groups.world and keeps nothing of the step in the layer. All ranks must
-/// call it, also those without tokens, and the backward as well.
+/// A sparse mixture-of-experts layer over the ranks of its groups. Several gates (one per task)
+/// share the experts: an expert that more than one gate selects for a token runs once. forward is
+/// collective over groups.world and keeps nothing of the step in the layer. All ranks must call it,
+/// also those without tokens, and the backward as well.
 class MoELayer : public torch::nn::Module {
  public:
   /// @param gates    1..G gates with equal num_experts; registered as "gate" or "gate_0" ...
   /// @param experts  this rank's experts; their ids must be those of `placement`
-  /// @param shared   optional module that every token passes, [T, D] -> [T, d_out], added to each output
+  /// @param shared   optional module that every token passes, [T, D] -> [T, d_out], added to each
+  /// output
   MoELayer(std::vector<std::shared_ptr<gates::Gate>> gates, std::shared_ptr<Experts> experts,
            ExpertPlacement placement, ParallelGroups groups, MoELayerOptions options = {},
            std::shared_ptr<Experts> shared = nullptr);

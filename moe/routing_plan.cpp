@@ -78,9 +78,8 @@ std::vector<Placed> plan_sends(const gates::Routing& routing, const ExpertPlacem
       const int32_t t = token[static_cast<size_t>(a)];
       if (row_per_assignment || t != last_token) token_of_row.push_back(t);
       last_token = t;
-      placed[static_cast<size_t>(i)] = {
-          static_cast<int32_t>(token_of_row.size() - first_row - 1),
-          placement.slot_of(experts[a])};
+      placed[static_cast<size_t>(i)] = {static_cast<int32_t>(token_of_row.size() - first_row - 1),
+                                        placement.slot_of(experts[a])};
     }
     plan.rows.send_rows[static_cast<size_t>(p)] =
         static_cast<int64_t>(token_of_row.size() - first_row);
@@ -219,8 +218,8 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
   plan->local.num_assignments = plan->assignments.num_recv_rows();
 
   std::vector<Placed> received(static_cast<size_t>(plan->local.num_assignments));
-  comm::exchange_rows(sent.data(), received.data(), {kernels::DType::kInt32, 2},
-                      plan->assignments, group, options.site);
+  comm::exchange_rows(sent.data(), received.data(), {kernels::DType::kInt32, 2}, plan->assignments,
+                      group, options.site);
   plan_local(read_received(received, *plan, num_local), num_local, plan->local);
   return plan;
 }

@@ -18,7 +18,7 @@ struct LocalPlan {
   int64_t num_assignments = 0;  ///< R pairs (row, local expert), grouped by row
   int64_t fixed = 0;            ///< > 0: every row has exactly this many, row_offsets is undefined
   at::Tensor row_offsets;       ///< [N+1] int32: row n has assignments row_offsets[n] .. [n+1]-1
-  at::Tensor order;             ///< [R] int32: sorted place r holds assignment order[r]; by (expert, token)
+  at::Tensor order;  ///< [R] int32: sorted place r holds assignment order[r]; by (expert, token)
   std::vector<int64_t> expert_offsets;  ///< [L+1] sorted places of each local expert
 
   int64_t num_local_experts() const { return static_cast<int64_t>(expert_offsets.size()) - 1; }
@@ -31,17 +31,19 @@ struct LocalPlan {
 /// The integer schedule of one step, from routing alone: no floats, no gradients. Equal routing
 /// gives equal plans, bit for bit.
 ///
-/// A token travels once to each rank that holds any of its experts: rows are (token, rank) pairs and
-/// each carries a list of assignments (row, slot). With `strict` a row is one (token, expert) pair
-/// instead: more bytes, but then a token's outputs are summed at home in choice order, so results do
-/// not depend on the number of ranks, bit for bit.
+/// A token travels once to each rank that holds any of its experts: rows are (token, rank) pairs
+/// and each carries a list of assignments (row, slot). With `strict` a row is one (token, expert)
+/// pair instead: more bytes, but then a token's outputs are summed at home in choice order, so
+/// results do not depend on the number of ranks, bit for bit.
 struct RoutingPlan {
-  int64_t num_tokens = 0;         ///< T
-  int64_t num_assignments = 0;    ///< A
+  int64_t num_tokens = 0;          ///< T
+  int64_t num_assignments = 0;     ///< A
   comm::ExchangePlan rows;         ///< rows of tokens and of outputs, per rank
   comm::ExchangePlan assignments;  ///< weights of assignments, per rank
-  at::Tensor token_of_row;       ///< [S] int32: send row s is token token_of_row[s]; undefined: row t is token t
-  at::Tensor assignment_order;   ///< [A] int32: sent weight i is assignment assignment_order[i]; undefined: i
+  at::Tensor token_of_row;  ///< [S] int32: send row s is token token_of_row[s]; undefined: row t is
+                            ///< token t
+  at::Tensor assignment_order;   ///< [A] int32: sent weight i is assignment assignment_order[i];
+                                 ///< undefined: i
   at::Tensor token_row_offsets;  ///< [T+1] int32 into token_rows; undefined: one row per token
   at::Tensor token_rows;         ///< [S] int32: send rows of each token, in the order of summation
   LocalPlan local;
@@ -56,7 +58,8 @@ struct PlanOptions {
 };
 
 /// Collective over `group`, also with T = 0: each rank tells its peers rows, assignments and slots.
-/// @param routing  expert ids in [0, placement.num_experts()); not checked here, see gates::validate
+/// @param routing  expert ids in [0, placement.num_experts()); not checked here, see
+/// gates::validate
 std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routing,
                                                      const ExpertPlacement& placement,
                                                      const comm::Group& group,

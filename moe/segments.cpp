@@ -27,9 +27,8 @@ std::vector<Segment> make_segments(const LocalPlan& plan) {
       segments.push_back({e, begin + rows * p / parts, begin + rows * (p + 1) / parts, p});
     }
   }
-  std::stable_sort(segments.begin(), segments.end(), [](const Segment& a, const Segment& b) {
-    return a.num_rows() > b.num_rows();
-  });
+  std::stable_sort(segments.begin(), segments.end(),
+                   [](const Segment& a, const Segment& b) { return a.num_rows() > b.num_rows(); });
   return segments;
 }
 
@@ -70,8 +69,7 @@ StackedGradient::StackedGradient(const at::Tensor& parameter, const std::vector<
     if (segment.part == 0) continue;
     auto& parts = further_[e];
     parts.resize(std::max(parts.size(), static_cast<size_t>(segment.part)));
-    parts[static_cast<size_t>(segment.part) - 1] =
-        at::empty_like(total_.select(0, segment.expert));
+    parts[static_cast<size_t>(segment.part) - 1] = at::empty_like(total_.select(0, segment.expert));
   }
   for (size_t e = 0; e < has_rows.size(); ++e) {
     if (!has_rows[e]) total_.select(0, static_cast<int64_t>(e)).zero_();

@@ -8,8 +8,8 @@
 #include "moe/routing_plan.h"
 
 // How products over experts are dealt to threads: each product runs on one thread, so that no
-// barrier is paid per expert, and the split depends on the plan alone, so that results do not depend
-// on the number of threads.
+// barrier is paid per expert, and the split depends on the plan alone, so that results do not
+// depend on the number of threads.
 
 namespace perseid {
 
@@ -18,7 +18,7 @@ struct Segment {
   int64_t expert = 0;
   int64_t begin = 0;
   int64_t end = 0;
-  int64_t part = 0;       ///< number among the segments of this expert
+  int64_t part = 0;  ///< number among the segments of this expert
   int64_t num_rows() const { return end - begin; }
 };
 
@@ -40,8 +40,9 @@ class Scratch {
 void for_each_segment(const std::vector<Segment>& segments,
                       const std::function<void(const Segment&, Scratch&)>& body);
 
-/// Gradient of a stacked parameter [L, ...] from its segments: the first part of an expert is written
-/// in place, further parts beside it, and finish() adds them in order. Experts without rows get 0.
+/// Gradient of a stacked parameter [L, ...] from its segments: the first part of an expert is
+/// written in place, further parts beside it, and finish() adds them in order. Experts without rows
+/// get 0.
 class StackedGradient {
  public:
   StackedGradient() = default;  ///< not wanted: part() must not be called

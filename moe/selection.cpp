@@ -76,11 +76,11 @@ Selection merge_routings(const std::vector<gates::Routing>& routings) {
   selection.routing.num_tokens = first.num_tokens;
   selection.routing.token_offsets = offsets;
   selection.routing.expert_idx = at::empty({total}, at::kInt);
-  std::copy(merged.begin(), merged.end(),
-            selection.routing.expert_idx.mutable_data_ptr<int32_t>());
+  std::copy(merged.begin(), merged.end(), selection.routing.expert_idx.mutable_data_ptr<int32_t>());
   const at::Tensor all = at::cat(weights);
-  selection.weights =
-      at::zeros({total * num_gates}, all.options()).index_copy(0, place, all).view({total, num_gates});
+  selection.weights = at::zeros({total * num_gates}, all.options())
+                          .index_copy(0, place, all)
+                          .view({total, num_gates});
   return selection;
 }
 

@@ -10,11 +10,12 @@ namespace perseid {
 /// What runs for each token when 1..G gates share one set of experts: the union of their choices.
 struct Selection {
   gates::Routing routing;  ///< the pairs that run, each once; its weights are undefined for G > 1
-  at::Tensor weights;      ///< [A, G] weight of each pair for each gate, 0 where a gate did not choose it
+  at::Tensor
+      weights;  ///< [A, G] weight of each pair for each gate, 0 where a gate did not choose it
 };
 
-/// With one gate the selection is its routing, no copy. With several, a token's pairs are ordered by
-/// expert id. Differentiable with respect to the weights of each routing.
+/// With one gate the selection is its routing, no copy. With several, a token's pairs are ordered
+/// by expert id. Differentiable with respect to the weights of each routing.
 /// @param routings  [G] of the same tokens
 Selection merge_routings(const std::vector<gates::Routing>& routings);
 

@@ -6,9 +6,12 @@ namespace perseid {
 
 kernels::DType dtype_of(const at::Tensor& tensor, const char* operation) {
   switch (tensor.scalar_type()) {
-    case at::kFloat: return kernels::DType::kFloat32;
-    case at::kBFloat16: return kernels::DType::kBFloat16;
-    case at::kDouble: return kernels::DType::kFloat64;
+    case at::kFloat:
+      return kernels::DType::kFloat32;
+    case at::kBFloat16:
+      return kernels::DType::kBFloat16;
+    case at::kDouble:
+      return kernels::DType::kFloat64;
     default:
       throw ConfigError({operation, "dtype", c10::toString(tensor.scalar_type()),
                          "is not supported; choose bf16, fp32 or fp64"});

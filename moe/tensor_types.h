@@ -10,7 +10,8 @@ namespace perseid {
 /// Element type of a floating tensor; throws ConfigError for others, naming `operation`.
 kernels::DType dtype_of(const at::Tensor& tensor, const char* operation);
 
-/// Type of routing weights that go with activations of this type: float64 for float64, else float32.
+/// Type of routing weights that go with activations of this type: float64 for float64, else
+/// float32.
 at::ScalarType weight_type(const at::Tensor& activations);
 
 /// Data of a contiguous tensor, or null for an undefined one.

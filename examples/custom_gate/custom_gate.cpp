@@ -1,9 +1,10 @@
 // A gate of your own is one class. This one is sparse by value: a ReLU router gives each token as
-// many experts as have a positive logit, none or all of them, and an L1 term pulls the mean to a
-// target.
+// many experts as have a positive logit, none or all of them, and an L1 term presses the weights
+// down.
 #include <ATen/Functions.h>
 #include <torch/optim/adam.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <memory>
 #include <utility>
@@ -16,6 +17,7 @@ namespace {
 
 using namespace perseid;
 
+// Several ranks would need equal initial weights: the same at::manual_seed on each of them.
 class ReluGate : public gates::Gate {
  public:
   ReluGate(int64_t d_model, int64_t num_experts, int64_t top_k, double l1_coeff)
@@ -59,7 +61,7 @@ int main() {
   at::manual_seed(0);
   const ParallelGroups groups = make_parallel_groups(comm::self_group());
   const auto placement = ExpertPlacement::contiguous(kExperts, groups.expert_parallel.size());
-  auto gate = std::make_shared<ReluGate>(kModel, kExperts, /*top_k=*/2, /*l1_coeff=*/.02);
+  auto gate = std::make_shared<ReluGate>(kModel, kExperts, /*top_k=*/2, /*l1_coeff=*/.05);
   auto experts = std::make_shared<GroupedMLP>(GroupedMLPOptions(kModel, 64), placement,
                                               groups.expert_parallel.rank());
   MoELayer layer({gate}, experts, placement, groups);

@@ -95,7 +95,8 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
       {"steps", count_text(steps) +
                     (train.train_iters > 0
                          ? std::string("  (--train-iters)")
-                         : format_text("  (%lld epochs)", static_cast<long long>(train.epochs)))});
+                         : format_text("  (%lld epoch%s)", static_cast<long long>(train.epochs),
+                                       train.epochs == 1 ? "" : "s"))});
   const int64_t ep_size = train.ep_size > 0 ? train.ep_size : num_ranks;
   settings.push_back(
       {"ranks", format_text("%d, experts over %lld", num_ranks, static_cast<long long>(ep_size)) +

@@ -71,7 +71,8 @@ inline std::shared_ptr<Experts> make_experts(ExpertKind kind, const ExpertPlacem
     if (kind == ExpertKind::kModule || parameter.key().find("bias") == std::string::npos) continue;
     for (size_t slot = 0; slot < experts->expert_ids().size(); ++slot) {
       at::Tensor row = parameter.value().select(0, static_cast<int64_t>(slot));
-      row.copy_(random_tensor(row.sizes(), static_cast<uint64_t>(experts->expert_ids()[slot]) + 90));
+      row.copy_(
+          random_tensor(row.sizes(), static_cast<uint64_t>(experts->expert_ids()[slot]) + 90));
     }
   }
   return experts;
@@ -83,8 +84,10 @@ inline std::shared_ptr<MoELayer> make_layer(const LayerCase& c, const ParallelGr
   const ExpertPlacement placement = ExpertPlacement::contiguous(c.num_experts, ep.size());
   std::vector<std::shared_ptr<gates::Gate>> gates;
   for (int g = 0; g < c.num_gates; ++g) {
-    gates.push_back(std::make_shared<gates::TopKGate>(
-        gates::TopKGateOptions(kDModel, c.num_experts).top_k(c.top_k).z_loss_coeff(1e-2).gate_id(g)));
+    gates.push_back(std::make_shared<gates::TopKGate>(gates::TopKGateOptions(kDModel, c.num_experts)
+                                                          .top_k(c.top_k)
+                                                          .z_loss_coeff(1e-2)
+                                                          .gate_id(g)));
     gates.back()->to(dtype == at::kDouble ? at::kDouble : at::kFloat);
   }
   std::shared_ptr<Experts> shared;
@@ -131,10 +134,9 @@ inline std::vector<at::Tensor> dense_outputs(MoELayer& layer, const LayerCase& c
   input.training = layer.is_training();
   std::vector<at::Tensor> outputs;
   for (const auto& gate : layer.gates()) {
-    const gates::Routing routing =
-        apply_capacity(gate->forward(input).routing, c.capacity, tokens.size(0), c.top_k,
-                       c.num_experts)
-            .routing;
+    const gates::Routing routing = apply_capacity(gate->forward(input).routing, c.capacity,
+                                                  tokens.size(0), c.top_k, c.num_experts)
+                                       .routing;
     const at::Tensor weights = gates::dense_weights(routing, c.num_experts);
     at::Tensor y = at::zeros({tokens.size(0), kDOut}, tokens.options());
     for (int64_t e = 0; e < c.num_experts; ++e) {
