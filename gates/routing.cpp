@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "gates/describe.h"
@@ -176,18 +177,23 @@ void validate(const Routing& routing, int64_t num_experts, const char* operation
   require(offset[0] == 0 && offset[T] == A, operation, "token_offsets",
           to_text(offset[0]) + ".." + to_text(offset[T]),
           "must run from 0 to the " + to_text(A) + " assignments");
+  // Texts are made only for what is wrong: this runs over all assignments of every step.
   std::vector<int64_t> last_token(static_cast<size_t>(num_experts), -1);
   for (int64_t t = 0; t < T; ++t) {
-    require(
-        offset[t] <= offset[t + 1] && offset[t + 1] <= A, operation, "token_offsets", offset[t + 1],
-        "is not between " + to_text(offset[t]) + " and " + to_text(A) + " at token " + to_text(t));
+    if (offset[t] > offset[t + 1] || offset[t + 1] > A) {
+      require(false, operation, "token_offsets", offset[t + 1],
+              "is not between " + to_text(offset[t]) + " and " + to_text(A) + " at token " +
+                  to_text(t));
+    }
     for (int64_t a = offset[t]; a < offset[t + 1]; ++a) {
-      require(expert[a] >= 0 && expert[a] < num_experts, operation, "expert_idx", expert[a],
-              "is outside [0, num_experts=" + to_text(num_experts) + ") at token " + to_text(t));
-      int64_t& last = last_token[static_cast<size_t>(expert[a])];
-      require(last != t, operation, "expert_idx", expert[a],
-              "is twice in the row of token " + to_text(t));
-      last = t;
+      const int32_t e = expert[a];
+      if (e < 0 || e >= num_experts) {
+        require(false, operation, "expert_idx", e,
+                "is outside [0, num_experts=" + to_text(num_experts) + ") at token " + to_text(t));
+      }
+      if (std::exchange(last_token[static_cast<size_t>(e)], t) == t) {
+        require(false, operation, "expert_idx", e, "is twice in the row of token " + to_text(t));
+      }
     }
   }
 }

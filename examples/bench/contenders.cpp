@@ -19,11 +19,13 @@ at::Tensor leaf(const at::Tensor& values) { return values.detach().requires_grad
 
 }  // namespace
 
-// ---- the layer
-// -----------------------------------------------------------------------------------
-LayerContender::LayerContender(const LayerProblem& problem)
-    : Contender("layer"), tokens_(leaf(problem.tokens)), grad_out_(problem.grad_out) {
-  const LayerCase& shape = problem.shape;
+// ---- the layer ----------------------------------------------------------------------------------
+LayerContender::LayerContender(const std::vector<LayerProblem>& problems) : Contender("layer") {
+  for (const LayerProblem& problem : problems) {
+    tokens_.push_back(leaf(problem.tokens));
+    grad_outs_.push_back(problem.grad_out);
+  }
+  const LayerCase& shape = problems.front().shape;
   const ExpertPlacement placement = ExpertPlacement::contiguous(shape.num_experts, 1);
   auto gate = std::make_shared<gates::TopKGate>(
       gates::TopKGateOptions(shape.d_model, shape.num_experts).top_k(shape.top_k));
@@ -33,24 +35,24 @@ LayerContender::LayerContender(const LayerProblem& problem)
   router_ = gate->weight;
   {
     const at::NoGradGuard no_grad;
-    router_.copy_(problem.router);
+    router_.copy_(problems.front().router);
   }
   layer_ = std::make_shared<MoELayer>(std::vector<std::shared_ptr<gates::Gate>>{gate}, experts_,
                                       placement, make_parallel_groups(comm::self_group()));
 }
 
 Outcome LayerContender::run() {
-  MoEOutput output = layer_->forward(MoEInput(tokens_));
+  const size_t turn = turn_++ % tokens_.size();
+  MoEOutput output = layer_->forward(MoEInput(tokens_[turn]));
   const at::Tensor loss = output.loss();
   stats_ = std::move(output.stats);
   return {output.output(),
           torch::autograd::grad({output.output(), loss},
-                                {tokens_, experts_->up_proj, experts_->down_proj, router_},
-                                {grad_out_, at::ones_like(loss)})};
+                                {tokens_[turn], experts_->up_proj, experts_->down_proj, router_},
+                                {grad_outs_[turn], at::ones_like(loss)})};
 }
 
-// ---- dense
-// ---------------------------------------------------------------------------------------
+// ---- dense --------------------------------------------------------------------------------------
 DenseContender::DenseContender(const LayerCase& shape) : Contender("dense"), shape_(shape) {
   const int64_t A = shape.num_assignments(), D = shape.d_model, F = shape.d_ff;
   const at::TensorOptions options = at::TensorOptions().dtype(shape.dtype);
@@ -91,8 +93,7 @@ Outcome DenseContender::run() {
   return {out_, {grad_rows_, grad_up_, grad_down_}};
 }
 
-// ---- peers
-// ---------------------------------------------------------------------------------------
+// ---- peers --------------------------------------------------------------------------------------
 at::Tensor loop_forward(const PeerInput& input) {
   const int64_t K = input.expert_idx.size(1);
   const at::Tensor experts = input.expert_idx.reshape(-1);
@@ -125,18 +126,21 @@ at::Tensor grouped_mm_forward(const PeerInput& input) {
       .index_add(0, token_of, y * input.weights.index_select(0, order).unsqueeze(1));
 }
 
-PeerContender::PeerContender(std::string name, PeerForward forward, PeerInput input,
-                             at::Tensor grad_out)
-    : Contender(std::move(name)),
-      forward_(forward),
-      input_{leaf(input.tokens), input.expert_idx, leaf(input.weights), leaf(input.up),
-             leaf(input.down)},
-      grad_out_(std::move(grad_out)) {}
+PeerContender::PeerContender(std::string name, PeerForward forward,
+                             const std::vector<PeerInput>& inputs)
+    : Contender(std::move(name)), forward_(forward) {
+  const at::Tensor up = leaf(inputs.front().up), down = leaf(inputs.front().down);
+  for (const PeerInput& input : inputs) {
+    inputs_.push_back(
+        {leaf(input.tokens), input.expert_idx, leaf(input.weights), up, down, input.grad_out});
+  }
+}
 
 Outcome PeerContender::run() {
-  const at::Tensor out = forward_(input_);
-  return {out, torch::autograd::grad({out}, {input_.tokens, input_.up, input_.down, input_.weights},
-                                     {grad_out_})};
+  const PeerInput& input = inputs_[turn_++ % inputs_.size()];
+  const at::Tensor out = forward_(input);
+  return {out, torch::autograd::grad({out}, {input.tokens, input.up, input.down, input.weights},
+                                     {input.grad_out})};
 }
 
 PlainGateOutput plain_gate(const at::Tensor& tokens, const at::Tensor& router,

@@ -17,7 +17,8 @@ struct Outcome {
   std::vector<at::Tensor> grads;  ///< each contender names its own
 };
 
-/// Forward and backward of one case, ready to be run again and again.
+/// Forward and backward of one case, ready to be run again and again. Where there are several
+/// problems, each run takes the next one.
 class Contender {
  public:
   explicit Contender(std::string name) : name_(std::move(name)) {}
@@ -33,7 +34,8 @@ class Contender {
 /// Gradients: tokens, up_proj, down_proj, router.
 class LayerContender : public Contender {
  public:
-  explicit LayerContender(const LayerProblem& problem);
+  /// @param problems  draws of one case
+  explicit LayerContender(const std::vector<LayerProblem>& problems);
   Outcome run() override;
   const GroupedMLP& experts() const { return *experts_; }
   const gates::GateStats& last_stats() const { return stats_.gates.front(); }
@@ -42,8 +44,9 @@ class LayerContender : public Contender {
   std::shared_ptr<GroupedMLP> experts_;
   at::Tensor router_;
   std::shared_ptr<MoELayer> layer_;
-  at::Tensor tokens_;
-  at::Tensor grad_out_;
+  std::vector<at::Tensor> tokens_;  ///< [problem]
+  std::vector<at::Tensor> grad_outs_;
+  size_t turn_ = 0;
   MoEStats stats_;
 };
 
@@ -66,13 +69,15 @@ class DenseContender : public Contender {
   at::Tensor grad_act_, grad_pre_, grad_rows_, grad_up_, grad_down_;  // backward
 };
 
-/// What the two peers start from: they are given the routing and do not pay for a gate.
+/// What the two peers start from: they are given the routing and do not pay for a gate. Parameters
+/// of several inputs are the same tensors.
 struct PeerInput {
   at::Tensor tokens;      ///< [T, D]
   at::Tensor expert_idx;  ///< [T, K] int64
   at::Tensor weights;     ///< [T*K] in the type of the tokens
   at::Tensor up;          ///< [E, 2F, D] gate rows first
   at::Tensor down;        ///< [E, D, F]
+  at::Tensor grad_out;    ///< [T, D] gradient of the output
 };
 using PeerForward = at::Tensor (*)(const PeerInput& input);
 
@@ -85,13 +90,13 @@ at::Tensor grouped_mm_forward(const PeerInput& input);
 /// Gradients: tokens, up, down, weights.
 class PeerContender : public Contender {
  public:
-  PeerContender(std::string name, PeerForward forward, PeerInput input, at::Tensor grad_out);
+  PeerContender(std::string name, PeerForward forward, const std::vector<PeerInput>& inputs);
   Outcome run() override;
 
  private:
   PeerForward forward_;
-  PeerInput input_;
-  at::Tensor grad_out_;
+  std::vector<PeerInput> inputs_;
+  size_t turn_ = 0;
 };
 
 /// A top-k gate of LibTorch operations, for the comparison of results: [T*K] softmax over the

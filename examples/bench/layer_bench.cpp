@@ -23,7 +23,7 @@ constexpr size_t kLayer = 0, kDense = 1;  // places among the contenders
 constexpr double kAuxLossCoeff = 1e-2;    // default of TopKGateOptions
 
 struct Entrants {
-  LayerProblem problem;
+  std::vector<LayerProblem> problems;
   std::unique_ptr<LayerContender> layer;
   std::unique_ptr<DenseContender> dense;
   std::vector<PeerForward> forwards;
@@ -46,28 +46,29 @@ struct Result {
   double min_ratio(size_t contender) const { return minimum(ms[contender]) / minimum(ms[kDense]); }
 };
 
-Entrants make_entrants(const LayerCase& shape, uint64_t seed) {
+Entrants make_entrants(const LayerCase& shape, const LayerBenchOptions& options) {
   Entrants entrants;
-  entrants.problem = make_problem(shape, seed);
-  const LayerProblem& problem = entrants.problem;
-  entrants.layer = std::make_unique<LayerContender>(problem);
+  for (int64_t draw = 0; draw < options.draws; ++draw) {
+    entrants.problems.push_back(make_problem(shape, options.seed, static_cast<uint64_t>(draw)));
+  }
+  entrants.layer = std::make_unique<LayerContender>(entrants.problems);
   entrants.dense = std::make_unique<DenseContender>(shape);
   entrants.forwards = {loop_forward, grouped_mm_forward};
-  const at::NoGradGuard no_grad;
-  const PlainGateOutput gate =
-      plain_gate(problem.tokens, problem.router, problem.expert_idx, kAuxLossCoeff);
-  const PeerInput input{problem.tokens, problem.expert_idx, gate.weights.to(shape.dtype),
-                        entrants.layer->experts().up_proj, entrants.layer->experts().down_proj};
-  const at::AutoGradMode with_grad(true);
+  const GroupedMLP& experts = entrants.layer->experts();
+  std::vector<PeerInput> inputs;
+  for (const LayerProblem& problem : entrants.problems) {
+    const at::Tensor weights =
+        plain_gate(problem.tokens, problem.router, problem.expert_idx, kAuxLossCoeff).weights;
+    inputs.push_back({problem.tokens, problem.expert_idx, weights.to(shape.dtype), experts.up_proj,
+                      experts.down_proj, problem.grad_out});
+  }
+  entrants.peers.push_back(std::make_unique<PeerContender>("loop", loop_forward, inputs));
   entrants.peers.push_back(
-      std::make_unique<PeerContender>("loop", loop_forward, input, problem.grad_out));
-  entrants.peers.push_back(
-      std::make_unique<PeerContender>("grouped_mm", grouped_mm_forward, input, problem.grad_out));
+      std::make_unique<PeerContender>("grouped_mm", grouped_mm_forward, inputs));
   return entrants;
 }
 
-// ---- checks
-// --------------------------------------------------------------------------------------
+// ---- checks -------------------------------------------------------------------------------------
 /// Compares what contenders of one case computed: the error relative to the largest value.
 class Comparison {
  public:
@@ -104,7 +105,7 @@ Outcome with_plain_gate(const LayerProblem& problem, PeerForward forward,
                    down = leaf(experts.down_proj), router = leaf(problem.router);
   const PlainGateOutput gate = plain_gate(tokens, router, problem.expert_idx, kAuxLossCoeff);
   const at::Tensor out =
-      forward({tokens, problem.expert_idx, gate.weights.to(tokens.scalar_type()), up, down});
+      forward({tokens, problem.expert_idx, gate.weights.to(tokens.scalar_type()), up, down, {}});
   return {out, torch::autograd::grad({out, gate.loss}, {tokens, up, down, router},
                                      {problem.grad_out, at::ones_like(gate.loss)})};
 }
@@ -114,9 +115,8 @@ Outcome dense_reference(const DenseContender& dense) {
   const int64_t A = dense.rows().size(0);
   PeerContender one(
       "one_expert", loop_forward,
-      {dense.rows(), at::zeros({A, 1}, at::kLong), at::ones({A}, dense.rows().options()),
-       dense.up().unsqueeze(0), dense.down().unsqueeze(0)},
-      dense.grad_out());
+      {{dense.rows(), at::zeros({A, 1}, at::kLong), at::ones({A}, dense.rows().options()),
+        dense.up().unsqueeze(0), dense.down().unsqueeze(0), dense.grad_out()}});
   Outcome outcome = one.run();
   outcome.grads = {outcome.grads[0], outcome.grads[1].squeeze(0), outcome.grads[2].squeeze(0)};
   return outcome;
@@ -124,8 +124,8 @@ Outcome dense_reference(const DenseContender& dense) {
 
 /// Largest load over mean load, after comparing the load with what was drawn.
 double check_load(const Entrants& entrants) {
-  const at::Tensor drawn =
-      entrants.problem.expert_idx.reshape(-1).bincount({}, entrants.problem.shape.num_experts);
+  const at::Tensor drawn = entrants.problems.front().expert_idx.reshape(-1).bincount(
+      {}, entrants.problems.front().shape.num_experts);
   const at::Tensor& load = entrants.layer->last_stats().tokens_per_expert;
   if (!at::equal(load, drawn)) {
     throw InternalError(ErrorDetail{"perseid-bench layer", "tokens_per_expert", to_text(load),
@@ -136,14 +136,14 @@ double check_load(const Entrants& entrants) {
 }
 
 double check_entrants(const Entrants& entrants) {
-  const Comparison comparison(entrants.problem.shape.dtype);
+  const Comparison comparison(entrants.problems.front().shape.dtype);
   const Outcome layer = entrants.layer->run();
   const double max_over_mean = check_load(entrants);
   for (size_t i = 0; i < entrants.peers.size(); ++i) {
     const std::string& name = entrants.peers[i]->name();
     comparison.require_equal(
-        with_plain_gate(entrants.problem, entrants.forwards[i], entrants.layer->experts()), layer,
-        name + " with a gate", {"tokens", "up", "down", "router"});
+        with_plain_gate(entrants.problems.front(), entrants.forwards[i], entrants.layer->experts()),
+        layer, name + " with a gate", {"tokens", "up", "down", "router"});
     // As it is timed, with given weights: gradients of its tokens lack the way through the gate.
     const Outcome timed = entrants.peers[i]->run();
     comparison.require_equal({timed.out, {timed.grads[1], timed.grads[2]}},
@@ -154,9 +154,9 @@ double check_entrants(const Entrants& entrants) {
   return max_over_mean;
 }
 
-// ---- measurement and report ------------------------------------------------------------------
+// ---- measurement and report ---------------------------------------------------------------------
 Result measure(const LayerCase& shape, const LayerBenchOptions& options) {
-  const Entrants entrants = make_entrants(shape, options.seed);
+  const Entrants entrants = make_entrants(shape, options);
   Result result;
   result.shape = shape;
   result.max_over_mean = check_entrants(entrants);
@@ -207,6 +207,7 @@ void write(const Result& result, const LayerBenchOptions& options, examples::Jso
                 {"load_max_over_mean", result.max_over_mean},
                 {"threads", int64_t{options.threads}},
                 {"repeats", options.repeats},
+                {"draws", options.draws},
                 {"ms_median", ms},
                 {"ms_min", minimum(result.ms[i])},
                 {"ratio_to_dense", result.ratio(i)},
@@ -255,8 +256,9 @@ std::vector<LayerCase> cpu_suite() {
 void run_layer_bench(const LayerBenchOptions& options, std::ostream& out) {
   examples::JsonLines json(options.json);
   at::set_num_threads(options.threads);
-  out << format_text("%d threads, %lld rounds in which each contender runs once\n", options.threads,
-                     static_cast<long long>(options.repeats))
+  out << format_text("%d threads, %lld rounds in which each contender runs once, %lld routings\n",
+                     options.threads, static_cast<long long>(options.repeats),
+                     static_cast<long long>(options.draws))
       << "(T, D, F, E, K), forward + backward = 18*A*D*F FLOPs with A = T*K; ratio = time / time "
          "of dense in the same round, median of the rounds;\nratio min = shortest / shortest; "
          "layer includes its gate and load-balance loss, the others do not; dense neither orders "

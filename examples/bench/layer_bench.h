@@ -12,6 +12,7 @@ struct LayerBenchOptions {
   std::vector<LayerCase> cases;
   int threads = 1;
   int64_t repeats = 15;  ///< rounds; in each one every contender runs once
+  int64_t draws = 1;     ///< routings that the rounds go through; 1: the same one each time
   uint64_t seed = 0;
   std::string json;  ///< file; empty: none
 };

@@ -13,7 +13,7 @@ namespace {
 /// Numbers of one stream, one after the other.
 class Draws {
  public:
-  explicit Draws(uint64_t seed) : key_(kernels::random_key(seed)) {}
+  explicit Draws(kernels::RandomKey key) : key_(key) {}
   double uniform() { return kernels::random_uniform(key_, next_++); }
   int64_t below(int64_t n) {
     return static_cast<int64_t>(kernels::random_below(key_, next_++, static_cast<uint64_t>(n)));
@@ -92,15 +92,17 @@ const char* name_of(Distribution distribution) {
   return "unknown";
 }
 
-LayerProblem make_problem(const LayerCase& shape, uint64_t seed) {
+LayerProblem make_problem(const LayerCase& shape, uint64_t seed, uint64_t draw) {
   const int64_t T = shape.num_tokens, D = shape.d_model, E = shape.num_experts, K = shape.top_k;
-  Draws draws(seed);
+  const kernels::RandomKey key = kernels::random_key(seed).with(draw);
+  Draws draws(key);
   const std::vector<int64_t> drawn = draw_experts(shape, draws);
   at::manual_seed(seed);
+  const at::Tensor basis = std::get<0>(at::linalg_qr(at::randn({D, E}, at::kDouble)));
+  at::manual_seed(key.value);
   LayerProblem problem;
   problem.shape = shape;
   problem.expert_idx = at::tensor(drawn, at::kLong).view({T, K});
-  const at::Tensor basis = std::get<0>(at::linalg_qr(at::randn({D, E}, at::kDouble)));
   const at::Tensor logits = (at::rand({T, E}, at::kDouble) - 1)
                                 .scatter(1, problem.expert_idx, at::rand({T, K}, at::kDouble) + 2);
   const at::Tensor noise = at::randn({T, D}, at::kDouble);

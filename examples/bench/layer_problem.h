@@ -44,6 +44,7 @@ struct LayerProblem {
 /// The gate computes its real product and top-k, and yet selects what was drawn: a token is noise
 /// that the router does not see, plus multiples of router rows that give each logit a chosen value,
 /// in [2, 3) for the experts drawn and in [-1, 0) for all others.
-LayerProblem make_problem(const LayerCase& shape, uint64_t seed);
+/// @param draw  number of the draw; the router is the same for all draws of a seed
+LayerProblem make_problem(const LayerCase& shape, uint64_t seed, uint64_t draw = 0);
 
 }  // namespace perseid::bench

@@ -87,6 +87,8 @@ void add_layer_flags(CLI::App& app, Program& program) {
       ->capture_default_str();
   add_count(app, "--repeats", program.layer.repeats,
             "rounds; each contender runs once in each round", 1, 1'000'000);
+  add_count(app, "--draws", program.layer.draws,
+            "routings that the rounds go through in turn; 1: each round has the same", 1, 4096);
   app.add_option("--seed", program.layer.seed, "seed of tokens and routing")
       ->check(in_range(0, INT64_MAX))
       ->capture_default_str();
