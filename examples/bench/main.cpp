@@ -200,7 +200,7 @@ int main_of(int argc, char** argv) {
   program.layer.threads = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   CLI::App app("Times the mixture-of-experts layer and its exchange beside references.",
                "perseid-bench");
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);
   CLI::App& layer = *app.add_subcommand(
       "layer",
       "layer forward + backward beside a dense chain of equal FLOPs, a loop over experts "
@@ -214,6 +214,9 @@ int main_of(int argc, char** argv) {
     app.parse(argc, argv);
     if (layer.parsed()) finish_layer(program);
     if (exchange.parsed()) finish_exchange(program);
+    if (app.get_subcommands().empty()) {
+      throw CLI::ValidationError("SUBCOMMAND", "is missing; choose layer or exchange");
+    }
   } catch (const CLI::CallForHelp&) {
     return end_with(0, app.help());
   } catch (const CLI::ParseError& error) {

@@ -153,7 +153,7 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
   std::vector<int64_t> order;
   for (int64_t step = 0; step < result.num_steps; ++step) {
     if (step % steps_per_epoch == 0) {
-      order = random_order(num_images, options.seed + static_cast<uint64_t>(world.rank()),
+      order = random_order(num_images, options.seed,
                            kStreamOrder + static_cast<uint64_t>(step / steps_per_epoch));
     }
     const int64_t first = step % steps_per_epoch * options.global_batch_size + shard.begin;
