@@ -45,13 +45,6 @@ at::Tensor gathered(const at::Tensor& rows, const at::Tensor& row_of, const Segm
   return out;
 }
 
-/// The reverse: rows of a segment to their places in a buffer by assignment.
-void scattered(const at::Tensor& segment_rows, const at::Tensor& order, const Segment& segment,
-               at::Tensor& out) {
-  kernels::unpermute(data_of(segment_rows), int32_data(order) + segment.begin, mutable_data_of(out),
-                     segment.num_rows(), out.size(1) * out.element_size());
-}
-
 /// out = a b + bias, bias may be undefined.
 void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b,
              const at::Tensor& bias = {}) {
@@ -86,41 +79,54 @@ at::Tensor from_sorted(const at::Tensor& sorted, const LocalPlan& plan) {
   return values;
 }
 
-/// Sum of each row's assignments, weighted or not. With one assignment per row and no weights it is
-/// the buffer itself.
-at::Tensor reduced(const at::Tensor& by_assignment, const at::Tensor& weights,
-                   const LocalPlan& plan) {
-  if (!weights.defined() && plan.fixed == 1) return by_assignment;
-  const int64_t num_gates = weights.defined() ? weights.size(1) : 1;
-  const int64_t width = by_assignment.size(1);
-  at::Tensor out = at::empty({plan.num_rows, num_gates * width}, by_assignment.options());
-  if (plan.num_assignments == 0) return out.zero_();
-  kernels::combine(data_of(by_assignment), plan.by_row(), data_of(weights), num_gates,
-                   mutable_data_of(out), plan.num_rows, width, dtype_of(out, "experts"));
-  return out;
-}
+/// Sums over the assignments of each row, which read and write sorted places: rows of products are
+/// never copied into another order.
+class RowSums {
+ public:
+  RowSums(const LocalPlan& plan, kernels::DType dtype)
+      : plan_(plan), place_of_(plan.place_of_assignment()), dtype_(dtype) {}
 
-/// Gradient by assignment of the weighted sum: sum over gates of weights[a, g] * grad_out[n, g].
-at::Tensor expanded(const at::Tensor& grad_out, const at::Tensor& weights, const LocalPlan& plan,
-                    int64_t width) {
-  at::Tensor out = at::empty({plan.num_assignments, width}, grad_out.options());
-  if (plan.num_assignments == 0) return out;
-  kernels::combine_backward(data_of(grad_out), nullptr, plan.by_row(), data_of(weights),
-                            weights.size(1), mutable_data_of(out), nullptr, plan.num_rows, width,
-                            dtype_of(grad_out, "experts"));
-  return out;
-}
+  /// @param sorted   [R, width] @param weights [R, G] by assignment; undefined: 1
+  at::Tensor reduced(const at::Tensor& sorted, const at::Tensor& weights = {}) const {
+    const int64_t num_gates = weights.defined() ? weights.size(1) : 1;
+    const int64_t width = sorted.size(1);
+    at::Tensor out = at::empty({plan_.num_rows, num_gates * width}, sorted.options());
+    if (plan_.num_assignments == 0) return out.zero_();
+    kernels::combine(data_of(sorted), index(), data_of(weights), num_gates, mutable_data_of(out),
+                     plan_.num_rows, width, dtype_);
+    return out;
+  }
 
-/// Gradient of the weights: <grad_out[n, g], y[a]>.
-at::Tensor weight_gradient(const at::Tensor& grad_out, const at::Tensor& by_assignment,
-                           const at::Tensor& weights, const LocalPlan& plan) {
-  at::Tensor out = at::empty_like(weights);
-  if (plan.num_assignments == 0) return out;
-  kernels::combine_backward(data_of(grad_out), data_of(by_assignment), plan.by_row(),
-                            data_of(weights), weights.size(1), nullptr, mutable_data_of(out),
-                            plan.num_rows, by_assignment.size(1), dtype_of(grad_out, "experts"));
-  return out;
-}
+  /// Gradient of the weighted sum by sorted place: sum over gates of weights[a, g] * grad_out[n,
+  /// g].
+  at::Tensor expanded(const at::Tensor& grad_out, const at::Tensor& weights, int64_t width) const {
+    at::Tensor sorted = at::empty({plan_.num_assignments, width}, grad_out.options());
+    if (plan_.num_assignments == 0) return sorted;
+    kernels::combine_backward(data_of(grad_out), nullptr, index(), data_of(weights),
+                              weights.size(1), mutable_data_of(sorted), nullptr, plan_.num_rows,
+                              width, dtype_);
+    return sorted;
+  }
+
+  /// Gradient of the weights: <grad_out[n, g], y[a]>.
+  at::Tensor weight_gradient(const at::Tensor& grad_out, const at::Tensor& sorted,
+                             const at::Tensor& weights) const {
+    at::Tensor out = at::empty_like(weights);
+    if (plan_.num_assignments == 0) return out;
+    kernels::combine_backward(data_of(grad_out), data_of(sorted), index(), data_of(weights),
+                              weights.size(1), nullptr, mutable_data_of(out), plan_.num_rows,
+                              sorted.size(1), dtype_);
+    return out;
+  }
+
+ private:
+  kernels::CombineIndex index() const {
+    return {int32_data(plan_.row_offsets), plan_.fixed, int32_data(place_of_)};
+  }
+  const LocalPlan& plan_;
+  at::Tensor place_of_;
+  kernels::DType dtype_;
+};
 
 StackedGradient wanted_gradient(bool wanted, const at::Tensor& parameter,
                                 const std::vector<Segment>& segments) {
@@ -158,20 +164,19 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
       at::Tensor act = scratch.rows(1, n, d_ff, rows.options());
       kernels::activation_forward({n, d_ff, activation, gated}, dtype, data_of(pre_rows),
                                   data_of(scale), mutable_data_of(act));
-      at::Tensor y = scratch.rows(0, n, down.size(1), rows.options());
+      const at::Tensor y = out.narrow(0, segment.begin, n);
       product(y, act, down.select(0, segment.expert).t(),
               weight_inside ? at::Tensor() : expert_part(down_bias, segment.expert));
       if (weight_inside && down_bias.defined()) {
         y.addmm_(scale.to(y.scalar_type()), down_bias.narrow(0, segment.expert, 1));
       }
-      scattered(y, local.order, segment, out);
     });
 
     ctx->save_for_backward({rows, weights, up, up_bias_in, down, down_bias_in, pre});
     ctx->saved_data["activation"] = static_cast<int64_t>(activation);
     ctx->saved_data["gated"] = gated;
     keep(ctx, plan);
-    return reduced(out, weight_inside ? at::Tensor() : weights, local);
+    return RowSums(local, dtype).reduced(out, weight_inside ? at::Tensor() : weights);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -194,8 +199,9 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     const at::Tensor grad_out = grads[0].contiguous();
     const at::Tensor row_of = local.row_of_sorted();
     const at::Tensor sorted = weight_inside ? to_sorted(weights, local) : at::Tensor();
+    const RowSums sums(local, dtype);
     const at::Tensor grad_y =
-        weight_inside ? at::Tensor() : expanded(grad_out, weights, local, d_out);
+        weight_inside ? at::Tensor() : sums.expanded(grad_out, weights, d_out);
     at::Tensor grad_sorted = weight_inside && wants_weights ? at::empty_like(sorted) : at::Tensor();
     at::Tensor y_all = !weight_inside && wants_weights
                            ? at::empty({local.num_assignments, d_out}, rows.options())
@@ -216,7 +222,7 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
       const int64_t n = segment.num_rows(), e = segment.expert;
       const at::Tensor pre_rows = pre.narrow(0, segment.begin, n);
       const at::Tensor g = weight_inside ? gathered(grad_out, row_of, segment, scratch, 0)
-                                         : gathered(grad_y, local.order, segment, scratch, 0);
+                                         : grad_y.narrow(0, segment.begin, n);
       const at::Tensor scale = weight_inside ? sorted.narrow(0, segment.begin, n) : at::Tensor();
       at::Tensor grad_act = scratch.rows(1, n, d_ff, rows.options());
       product(grad_act, g, down.select(0, e));
@@ -239,26 +245,21 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
         grad_down_bias.part(segment).copy_(g.sum(0));
       }
       if (y_all.defined()) {
-        at::Tensor y = scratch.rows(0, n, d_out, rows.options());  // g is used up
-        product(y, act, down.select(0, e).t(), expert_part(down_bias, e));
-        scattered(y, local.order, segment, y_all);
+        product(y_all.narrow(0, segment.begin, n), act, down.select(0, e).t(),
+                expert_part(down_bias, e));
       }
       if (grad_up.wanted()) {
         const at::Tensor x = gathered(rows, row_of, segment, scratch, 3);
         product(grad_up.part(segment), grad_pre.t(), x);
       }
       if (grad_up_bias.wanted()) grad_up_bias.part(segment).copy_(grad_pre.sum(0));
-      if (wants_rows) {
-        at::Tensor dx = scratch.rows(3, n, rows.size(1), rows.options());
-        product(dx, grad_pre, up.select(0, e));
-        scattered(dx, local.order, segment, grad_x);
-      }
+      if (wants_rows) product(grad_x.narrow(0, segment.begin, n), grad_pre, up.select(0, e));
     });
 
     at::Tensor grad_weights;
     if (grad_sorted.defined()) grad_weights = from_sorted(grad_sorted, local);
-    if (y_all.defined()) grad_weights = weight_gradient(grad_out, y_all, weights, local);
-    return {wants_rows ? reduced(grad_x, {}, local) : at::Tensor(),
+    if (y_all.defined()) grad_weights = sums.weight_gradient(grad_out, y_all, weights);
+    return {wants_rows ? sums.reduced(grad_x) : at::Tensor(),
             grad_weights,
             grad_up.finish(),
             grad_up_bias.finish(),
@@ -279,10 +280,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const at::Tensor row_of = local.row_of_sorted();
     at::Tensor out = at::empty({local.num_assignments, matrix.size(1)}, rows.options());
     for_each_segment(make_segments(local), [&](const Segment& segment, Scratch& scratch) {
-      const at::Tensor x = gathered(rows, row_of, segment, scratch, 0);
-      at::Tensor y = scratch.rows(1, segment.num_rows(), matrix.size(1), rows.options());
-      product(y, x, matrix.select(0, segment.expert).t(), expert_part(bias, segment.expert));
-      scattered(y, local.order, segment, out);
+      product(out.narrow(0, segment.begin, segment.num_rows()),
+              gathered(rows, row_of, segment, scratch, 0), matrix.select(0, segment.expert).t(),
+              expert_part(bias, segment.expert));
     });
     return out;
   }
@@ -294,7 +294,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const at::Tensor weights = weights_in.contiguous();
     ctx->save_for_backward({rows, weights, matrix, bias});
     keep(ctx, plan);
-    return reduced(outputs(rows, matrix, or_undefined(bias), plan->local), weights, plan->local);
+    return RowSums(plan->local, dtype_of(rows, "grouped_linear"))
+        .reduced(outputs(rows, matrix, or_undefined(bias), plan->local), weights);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -307,10 +308,11 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const bool wants_rows = ctx->needs_input_grad(kRows);
     const at::Tensor grad_out = grads[0].contiguous();
     const at::Tensor row_of = local.row_of_sorted();
-    const at::Tensor grad_y = expanded(grad_out, weights, local, matrix.size(1));
+    const RowSums sums(local, dtype_of(rows, "grouped_linear"));
+    const at::Tensor grad_y = sums.expanded(grad_out, weights, matrix.size(1));
     at::Tensor grad_weights;
     if (ctx->needs_input_grad(kWeights)) {
-      grad_weights = weight_gradient(grad_out, outputs(rows, matrix, bias, local), weights, local);
+      grad_weights = sums.weight_gradient(grad_out, outputs(rows, matrix, bias, local), weights);
     }
     at::Tensor grad_x = wants_rows
                             ? at::empty({local.num_assignments, rows.size(1)}, rows.options())
@@ -319,18 +321,17 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     StackedGradient grad_matrix = wanted_gradient(ctx->needs_input_grad(kMatrix), matrix, segments);
     StackedGradient grad_bias = wanted_gradient(ctx->needs_input_grad(kBias), bias, segments);
     for_each_segment(segments, [&](const Segment& segment, Scratch& scratch) {
-      const at::Tensor g = gathered(grad_y, local.order, segment, scratch, 0);
+      const at::Tensor g = grad_y.narrow(0, segment.begin, segment.num_rows());
       if (grad_matrix.wanted()) {
-        product(grad_matrix.part(segment), g.t(), gathered(rows, row_of, segment, scratch, 1));
+        product(grad_matrix.part(segment), g.t(), gathered(rows, row_of, segment, scratch, 0));
       }
       if (grad_bias.wanted()) grad_bias.part(segment).copy_(g.sum(0));
       if (wants_rows) {
-        at::Tensor dx = scratch.rows(1, segment.num_rows(), rows.size(1), rows.options());
-        product(dx, g, matrix.select(0, segment.expert));
-        scattered(dx, local.order, segment, grad_x);
+        product(grad_x.narrow(0, segment.begin, segment.num_rows()), g,
+                matrix.select(0, segment.expert));
       }
     });
-    return {wants_rows ? reduced(grad_x, {}, local) : at::Tensor(),
+    return {wants_rows ? sums.reduced(grad_x) : at::Tensor(),
             grad_weights,
             grad_matrix.finish(),
             grad_bias.finish(),

@@ -158,8 +158,12 @@ void plan_local(const Received& received, int64_t num_local_experts, LocalPlan& 
 
 }  // namespace
 
-kernels::CombineIndex LocalPlan::by_row() const {
-  return {int32_data(row_offsets), fixed, nullptr};
+at::Tensor LocalPlan::place_of_assignment() const {
+  at::Tensor places = empty_int32(num_assignments);
+  int32_t* out = places.mutable_data_ptr<int32_t>();
+  const int32_t* sorted = int32_data(order);
+  for (int64_t r = 0; r < num_assignments; ++r) out[sorted[r]] = static_cast<int32_t>(r);
+  return places;
 }
 
 at::Tensor LocalPlan::row_of_sorted() const {

@@ -22,8 +22,8 @@ struct LocalPlan {
   std::vector<int64_t> expert_offsets;  ///< [L+1] sorted places of each local expert
 
   int64_t num_local_experts() const { return static_cast<int64_t>(expert_offsets.size()) - 1; }
-  /// Outputs of a row are the sum over its assignments, in their order.
-  kernels::CombineIndex by_row() const;
+  /// [R] int32: sorted place of each assignment, the inverse of `order`.
+  at::Tensor place_of_assignment() const;
   /// [R] int32: row of each sorted place.
   at::Tensor row_of_sorted() const;
 };
