@@ -41,8 +41,8 @@ if(NOT perseid_torch)
     set(places "CMAKE_PREFIX_PATH and PERSEID_TORCH_DIR, which are empty")
   endif()
   string(CONCAT perseid_torch_error "Perseid needs LibTorch ${PERSEID_TORCH_VERSION} and found none in "
-    "${places}; set -DPERSEID_TORCH_DIR=<folder with include/ and lib/>, in a Python environment "
-    "python3 -c 'import torch; print(torch.__path__[0])'")
+    "${places}; set -DPERSEID_TORCH_DIR=<folder with include/ and lib/>, which "
+    "python3 -c 'import torch; print(torch.__path__[0])' prints")
   return()
 endif()
 
