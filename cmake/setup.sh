@@ -147,7 +147,7 @@ perseid_install_torch() {
     wheels+=("${perseid_cuda_libraries[@]}")
     size=544
   fi
-  perseid_say "LibTorch goes into $perseid_venv: ${wheels[*]}; $size MB to download, 1.3 GB on disk"
+  perseid_say "LibTorch goes into $perseid_venv: ${wheels[*]}; up to $size MB to download, 1.3 GB on disk"
   perseid_need_disk "$perseid_root" 3000 "LibTorch with its downloads"
   # An environment of ours that was not finished, or one whose interpreter is gone, is made anew.
   if [ -e "$perseid_venv/perseid-incomplete" ] || ! [ -x "$perseid_venv/bin/python" ]; then
