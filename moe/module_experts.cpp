@@ -188,13 +188,9 @@ at::Tensor ModuleExperts::forward(const at::Tensor& rows, const at::Tensor& weig
   const LocalPlan& local = plan->local;
   require_inputs(rows, weights, local);
 
-  const int64_t num_assignments = local.num_assignments;
-  const at::Tensor place_of = at::empty({num_assignments}, at::kInt);
+  const at::Tensor place_of = local.place_of_assignment();
   variable_list inputs;
-  if (num_assignments > 0) {
-    const auto* order = int32_data(local.order);
-    auto* place = place_of.mutable_data_ptr<int32_t>();
-    for (int64_t r = 0; r < num_assignments; ++r) place[order[r]] = static_cast<int32_t>(r);
+  if (local.num_assignments > 0) {
     inputs = GatherRows::apply(rows, local.row_of_sorted(), place_of, if_defined(local.row_offsets),
                                local.fixed, local.expert_offsets);
   }
