@@ -69,20 +69,20 @@ message(STATUS "LibTorch ${perseid_torch_found}: ${perseid_torch}")
 
 # OpenMP is the thread pool that our code shares with LibTorch.
 add_library(Perseid::libtorch INTERFACE IMPORTED GLOBAL)
+set_target_properties(Perseid::libtorch PROPERTIES
+  INTERFACE_INCLUDE_DIRECTORIES
+    "${perseid_torch}/include;${perseid_torch}/include/torch/csrc/api/include"
+  INTERFACE_LINK_OPTIONS -fopenmp)
 if(TARGET torch_cpu)
-  set_target_properties(Perseid::libtorch PROPERTIES
-    INTERFACE_LINK_LIBRARIES "torch_cpu;c10"
-    INTERFACE_LINK_OPTIONS -fopenmp)
+  target_link_libraries(Perseid::libtorch INTERFACE torch_cpu c10)
 else()
-  foreach(library IN ITEMS c10 torch_cpu)
+  foreach(library IN ITEMS torch_cpu c10)
     add_library(Perseid::${library} SHARED IMPORTED GLOBAL)
     set_target_properties(Perseid::${library} PROPERTIES
-      IMPORTED_LOCATION "${perseid_torch}/lib/lib${library}.so"
-      INTERFACE_INCLUDE_DIRECTORIES
-        "${perseid_torch}/include;${perseid_torch}/include/torch/csrc/api/include")
+      IMPORTED_LOCATION "${perseid_torch}/lib/lib${library}.so")
+    target_link_libraries(Perseid::libtorch INTERFACE Perseid::${library})
   endforeach()
   # The libraries behind torch_cpu (CUDA runtime, CUPTI) are found by its own run path.
-  set_target_properties(Perseid::libtorch PROPERTIES
-    INTERFACE_LINK_LIBRARIES "Perseid::torch_cpu;Perseid::c10"
-    INTERFACE_LINK_OPTIONS "-fopenmp;LINKER:--unresolved-symbols=ignore-in-shared-libs")
+  target_link_options(Perseid::libtorch INTERFACE
+    LINKER:--unresolved-symbols=ignore-in-shared-libs)
 endif()
