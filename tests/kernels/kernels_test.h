@@ -13,6 +13,7 @@
 #include "kernels/dtype.h"
 #include "kernels/error.h"
 #include "kernels/parallel.h"
+#include "tests/config_error.h"
 
 namespace perseid::kernels::testing {
 
@@ -122,15 +123,6 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
          (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 
-/// The text of the ConfigError that `body` throws; empty if it throws none.
-template <typename Body>
-std::string config_error(Body&& body) {
-  try {
-    body();
-  } catch (const ConfigError& error) {
-    return error.what();
-  }
-  return "";
-}
+using perseid::testing::config_error;
 
 }  // namespace perseid::kernels::testing

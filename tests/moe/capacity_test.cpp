@@ -22,10 +22,13 @@
 #include "kernels/error.h"
 #include "kernels/random.h"
 #include "tests/closed_form.h"
+#include "tests/config_error.h"
 #include "tests/gradcheck.h"
 
 namespace perseid {
 namespace {
+using testing::config_error;
+
 using testing::gradients_match;
 using testing::same_bits;
 
@@ -124,16 +127,6 @@ CapacityOptions with_policy(DropPolicy policy) {
   CapacityOptions options;
   options.drop_policy = policy;
   return options;
-}
-
-template <typename Body>
-std::string config_error(Body&& body) {
-  try {
-    body();
-  } catch (const ConfigError& error) {
-    return error.what();
-  }
-  return "no ConfigError";
 }
 
 TEST(ExpertCapacity, Formula) {

@@ -23,10 +23,13 @@
 #include "kernels/error.h"
 #include "kernels/parallel.h"
 #include "tests/closed_form.h"
+#include "tests/config_error.h"
 #include "tests/gradcheck.h"
 
 namespace perseid {
 namespace {
+using testing::config_error;
+
 using testing::close_to;
 using testing::random_tensor;
 using testing::same_bits;
@@ -396,16 +399,6 @@ TEST(ModuleExperts, RegisteredByGlobalId) {
 TEST(ModuleExperts, KernelsUseTheThreadsOfLibTorch) {
   make_experts(1, two_layers);
   EXPECT_EQ(kernels::num_threads(), at::get_num_threads());
-}
-
-template <typename Body>
-std::string config_error(Body&& body) {
-  try {
-    body();
-  } catch (const ConfigError& error) {
-    return error.what();
-  }
-  return "no ConfigError";
 }
 
 TEST(ModuleExperts, ConstructionErrors) {

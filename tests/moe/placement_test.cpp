@@ -15,19 +15,11 @@
 #include "comm/collectives.h"
 #include "kernels/error.h"
 #include "moe/parallel_groups.h"
+#include "tests/config_error.h"
 
 namespace perseid {
 namespace {
-
-template <typename Body>
-std::string config_error(Body&& body) {
-  try {
-    body();
-  } catch (const ConfigError& error) {
-    return error.what();
-  }
-  return "no ConfigError";
-}
+using testing::config_error;
 
 /// Each expert is at its slot on its rank, and nowhere else.
 void expect_consistent(const ExpertPlacement& placement) {
