@@ -1,8 +1,9 @@
 #include "gates/gate.h"
 
-#include <ATen/ops/bincount.h>
 #include <ATen/ops/layer_norm.h>
+#include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -69,12 +70,29 @@ void validate(const GateInput& input, int64_t d_model, const char* operation) {
 
 GateStats count_assignments(const Routing& routing, int64_t num_experts, int64_t num_valid_tokens) {
   GateStats stats;
-  stats.tokens_per_expert = at::bincount(routing.expert_idx, {}, num_experts);
+  stats.tokens_per_expert = at::zeros({num_experts}, at::kLong);
   stats.num_tokens = num_valid_tokens;
   stats.num_assignments = routing.num_assignments();
-  const at::Tensor offsets = explicit_offsets(routing);
-  const at::Tensor filled = offsets.slice(0, 1).ne(offsets.slice(0, 0, -1));
-  stats.tokens_without_expert = num_valid_tokens - filled.sum().item<int64_t>();
+  const at::Tensor offsets = explicit_offsets(routing).cpu().contiguous();
+  const at::Tensor experts = routing.expert_idx.cpu().contiguous();
+  const at::Tensor weights = routing.weights.detach().cpu().to(at::kFloat).contiguous();
+  const int32_t* offset = offsets.const_data_ptr<int32_t>();
+  const int32_t* expert = experts.const_data_ptr<int32_t>();
+  const float* weight = weights.const_data_ptr<float>();
+  int64_t* count = stats.tokens_per_expert.mutable_data_ptr<int64_t>();
+  int64_t tokens_with_expert = 0;
+  for (int64_t t = 0; t < routing.num_tokens; ++t) {
+    const int64_t length = offset[t + 1] - offset[t];
+    tokens_with_expert += length > 0 ? 1 : 0;
+    stats.tokens_with_one_expert += length == 1 ? 1 : 0;
+    stats.max_experts_per_token = std::max(stats.max_experts_per_token, length);
+  }
+  for (int64_t a = 0; a < stats.num_assignments; ++a) {
+    ++count[expert[a]];
+    const float g = weight[a];
+    if (g > 0) stats.entropy_sum -= static_cast<double>(g * std::log(g));
+  }
+  stats.tokens_without_expert = num_valid_tokens - tokens_with_expert;
   return stats;
 }
 

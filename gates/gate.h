@@ -3,6 +3,7 @@
 #include <torch/nn/module.h>
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <vector>
@@ -43,19 +44,41 @@ struct BalanceTerms {
   bool normalize_by_k = true;
 };
 
-/// Counts of the local tokens; values only. Sums over ranks are sums of the fields.
+/// A loss that is not linear in sums over all tokens: squared coefficient of variation of a load,
+/// entropy of the mean weights. The gate gives its local sum; the caller adds those of all ranks
+/// and calls finish_global_loss (gates/losses.h).
+struct GlobalLoss {
+  std::string name;
+  double coeff = 0;
+  at::Tensor local_sum;  ///< [N] over the local valid tokens, differentiable
+  /// The loss without its coefficient, a scalar, of the sum over ranks [N]: a pure function in
+  /// LibTorch operations, 0 for tokens_global = 0.
+  std::function<at::Tensor(const at::Tensor& global_sum, int64_t tokens_global)> loss;
+};
+
+/// Counts of the local tokens; values only. Over ranks, fields are summed but for the maximum.
 struct GateStats {
   at::Tensor tokens_per_expert;  ///< [E] int64
   int64_t num_tokens = 0;        ///< valid tokens
   int64_t num_assignments = 0;
   int64_t tokens_without_expert = 0;
+  int64_t tokens_with_one_expert = 0;
+  int64_t max_experts_per_token = 0;  ///< over ranks: the maximum
   int64_t non_finite_tokens = 0;
+  int64_t num_nodes = 0;  ///< smooth-step gates: switches (split nodes, code bits) of all tokens
+  int64_t saturated_nodes = 0;  ///< of these, at exactly 0 or 1: they pass no gradient
+  double entropy_sum = 0;       ///< sum over tokens of -sum g log g, the routing entropy in nats
+  double removed_weight = 0;    ///< weight left out by a cut-off (min_weight)
 };
 
 struct GateOutput {
   Routing routing;
   std::vector<NamedLoss> losses;
   BalanceTerms balance;
+  std::vector<GlobalLoss> global_losses;
+  /// Optional [T], differentiable: the token itself, times this, is added to the layer's output
+  /// (BASE layers mix expert and token). Needs experts with d_out = d_in.
+  at::Tensor residual_weight;
   GateStats stats;
 };
 
@@ -94,7 +117,8 @@ at::Tensor gate_features(const at::Tensor& tokens, InputNorm norm, at::ScalarTyp
 /// valid and sequence have T entries of the right type.
 void validate(const GateInput& input, int64_t d_model, const char* operation);
 
-/// Statistics of a routing. One pass over the assignments.
+/// Statistics of a routing, non-finite tokens and smooth-step fields left at 0. One pass over the
+/// assignments.
 GateStats count_assignments(const Routing& routing, int64_t num_experts, int64_t num_valid_tokens);
 
 }  // namespace perseid::gates

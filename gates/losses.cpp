@@ -1,13 +1,16 @@
 #include "gates/losses.h"
 
 #include <ATen/ops/dot.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/autograd.h>
 
 #include "kernels/error.h"
 
 namespace perseid::gates {
 
 NamedLoss load_balance_loss(const BalanceTerms& terms, const at::Tensor& global_tokens_per_expert,
-                            int64_t tokens_global) {
+                            int64_t tokens_global, int64_t counted_tokens) {
   constexpr const char* kOperation = "load_balance_loss";
   require(terms.score_sum.defined() && terms.score_sum.dim() == 1, kOperation, "score_sum",
           terms.score_sum.defined() ? to_text(terms.score_sum.sizes()) : "undefined",
@@ -21,8 +24,9 @@ NamedLoss load_balance_loss(const BalanceTerms& terms, const at::Tensor& global_
 
   // f and the sum in double, so that perfect balance gives the coefficient and not one near it.
   double scale = 0;
-  if (tokens_global > 0) {
-    const double assignments = static_cast<double>(tokens_global) *
+  if (counted_tokens < 0) counted_tokens = tokens_global;
+  if (tokens_global > 0 && counted_tokens > 0) {
+    const double assignments = static_cast<double>(counted_tokens) *
                                (terms.normalize_by_k ? static_cast<double>(terms.top_k) : 1.0);
     scale = static_cast<double>(terms.score_sum.size(0)) / assignments /
             static_cast<double>(tokens_global);
@@ -40,6 +44,53 @@ NamedLoss z_loss(const at::Tensor& lse_square_sum, double coeff, int64_t tokens_
   require(tokens_global >= 0, "z_loss", "tokens_global", tokens_global, "is negative");
   const double scale = tokens_global > 0 ? 1.0 / static_cast<double>(tokens_global) : 0.0;
   return {"z_loss", lse_square_sum.mul(coeff * scale), lse_square_sum.detach().mul(scale)};
+}
+
+NamedLoss finish_global_loss(const GlobalLoss& loss, const at::Tensor& global_sum,
+                             int64_t tokens_global, int num_ranks) {
+  const char* operation = loss.name.c_str();
+  require(loss.local_sum.defined() && global_sum.defined() &&
+              global_sum.sizes() == loss.local_sum.sizes(),
+          operation, "global_sum", global_sum.defined() ? to_text(global_sum.sizes()) : "undefined",
+          "differs from the local sum; sum those of the same gate over ranks");
+  require(tokens_global >= 0, operation, "tokens_global", tokens_global, "is negative");
+  require(num_ranks >= 1, operation, "num_ranks", num_ranks, "is below 1");
+  at::Tensor value, slope;
+  {
+    const at::AutoGradMode grad(true);
+    const at::Tensor at_sum = global_sum.detach().clone().requires_grad_(true);
+    const at::Tensor raw = loss.loss(at_sum, tokens_global);
+    slope = raw.requires_grad() ? torch::autograd::grad({raw}, {at_sum})[0] : at_sum.detach() * 0;
+    value = raw.detach();
+  }
+  const at::Tensor mine = value.div(num_ranks);
+  // 0 in value, so that rounding of the local sum does not reach it.
+  const at::Tensor change = (slope * (loss.local_sum - loss.local_sum.detach())).sum();
+  const at::ScalarType type = loss.local_sum.scalar_type();
+  return {loss.name, (change + mine).mul(loss.coeff).to(type), mine.to(type)};
+}
+
+at::Tensor weight_per_expert(const Routing& routing, int64_t num_experts) {
+  return at::zeros({num_experts}, routing.weights.options())
+      .index_add(0, routing.expert_idx, routing.weights);
+}
+
+GlobalLoss balance_entropy_loss(const at::Tensor& weight_sum, double coeff) {
+  return {"balance_loss", coeff, weight_sum,
+          [](const at::Tensor& sum, int64_t /*tokens_global*/) -> at::Tensor {
+            const at::Tensor total = sum.sum();
+            if (total.item<double>() == 0) return at::zeros({}, sum.options());
+            const at::Tensor mean = sum / total;
+            // An expert without weight adds 0; log of the smallest number keeps its slope finite.
+            return (mean * mean.clamp_min(1e-30).log()).sum();
+          }};
+}
+
+GlobalLoss cv_squared_loss(const std::string& name, const at::Tensor& sum, double coeff) {
+  return {name, coeff, sum, [](const at::Tensor& v, int64_t /*tokens_global*/) -> at::Tensor {
+            const at::Tensor mean = v.mean();
+            return (v - mean).square().mean() / (mean.square() + 1e-10);
+          }};
 }
 
 }  // namespace perseid::gates

@@ -4,6 +4,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "comm/agree.h"
@@ -20,44 +21,60 @@ namespace {
 
 constexpr const char* kName = "moe_layer";
 
-/// Fields of the statistics that all ranks sum, in one buffer.
-std::vector<int64_t> pack(const MoEStats& stats) {
-  std::vector<int64_t> packed = {stats.num_dropped, stats.num_tokens, stats.rows_processed};
-  for (const gates::GateStats& gate : stats.gates) {
-    packed.insert(packed.end(), {gate.num_tokens, gate.num_assignments, gate.tokens_without_expert,
-                                 gate.non_finite_tokens});
-    const int64_t* counts = gate.tokens_per_expert.const_data_ptr<int64_t>();
-    packed.insert(packed.end(), counts, counts + gate.tokens_per_expert.numel());
+/// The fields of gate statistics by how they are added up.
+template <typename Stats, typename Body>
+void for_each_sum(Stats& gate, const Body& body) {
+  for (auto* field : {&gate.num_tokens, &gate.num_assignments, &gate.tokens_without_expert,
+                      &gate.tokens_with_one_expert, &gate.non_finite_tokens, &gate.num_nodes,
+                      &gate.saturated_nodes}) {
+    body(*field);
   }
-  return packed;
 }
 
-MoEStats unpack(const std::vector<int64_t>& packed, const MoEStats& shape) {
-  MoEStats stats;
-  auto next = packed.begin();
+/// Sums over ranks of statistics and of the sums that losses need, each kind in one buffer.
+void sum_over_ranks(MoEStats& stats, std::vector<at::Tensor>& loss_sums, const comm::Group& world,
+                    comm::CallSite site) {
+  std::vector<int64_t> counts = {stats.num_dropped, stats.num_tokens, stats.rows_processed};
+  std::vector<int64_t> maxima;
+  std::vector<double> sums;
+  for (gates::GateStats& gate : stats.gates) {
+    for_each_sum(gate, [&](int64_t field) { counts.push_back(field); });
+    const int64_t* by_expert = gate.tokens_per_expert.const_data_ptr<int64_t>();
+    counts.insert(counts.end(), by_expert, by_expert + gate.tokens_per_expert.numel());
+    maxima.push_back(gate.max_experts_per_token);
+    sums.insert(sums.end(), {gate.entropy_sum, gate.removed_weight});
+  }
+  for (at::Tensor& sum : loss_sums) {
+    sum = sum.detach().to(at::kDouble).contiguous().clone();
+    sums.insert(sums.end(), sum.const_data_ptr<double>(),
+                sum.const_data_ptr<double>() + sum.numel());
+  }
+
+  const auto length = [](const auto& values) { return static_cast<int64_t>(values.size()); };
+  comm::all_reduce(counts.data(), length(counts), comm::ReduceOp::kSum, world, site);
+  comm::all_reduce(maxima.data(), length(maxima), comm::ReduceOp::kMax, world, site);
+  comm::all_reduce(sums.data(), length(sums), comm::ReduceOp::kSum, world, site);
+
+  const int64_t* count = counts.data();
+  const double* sum = sums.data();
   for (int64_t* field : {&stats.num_dropped, &stats.num_tokens, &stats.rows_processed}) {
-    *field = *next++;
+    *field = *count++;
   }
-  for (const gates::GateStats& like : shape.gates) {
-    gates::GateStats gate;
-    for (int64_t* field : {&gate.num_tokens, &gate.num_assignments, &gate.tokens_without_expert,
-                           &gate.non_finite_tokens}) {
-      *field = *next++;
-    }
-    gate.tokens_per_expert = at::empty_like(like.tokens_per_expert);
-    const auto end = next + gate.tokens_per_expert.numel();
-    std::copy(next, end, gate.tokens_per_expert.mutable_data_ptr<int64_t>());
-    next = end;
-    stats.gates.push_back(std::move(gate));
+  for (size_t g = 0; g < stats.gates.size(); ++g) {
+    gates::GateStats& gate = stats.gates[g];
+    for_each_sum(gate, [&](int64_t& field) { field = *count++; });
+    const int64_t num_experts = gate.tokens_per_expert.numel();
+    gate.tokens_per_expert = at::empty_like(gate.tokens_per_expert);
+    std::copy(count, count + num_experts, gate.tokens_per_expert.mutable_data_ptr<int64_t>());
+    count += num_experts;
+    gate.max_experts_per_token = maxima[g];
+    gate.entropy_sum = *sum++;
+    gate.removed_weight = *sum++;
   }
-  return stats;
-}
-
-MoEStats summed_over_ranks(const MoEStats& local, const comm::Group& world, comm::CallSite site) {
-  std::vector<int64_t> packed = pack(local);
-  comm::all_reduce(packed.data(), static_cast<int64_t>(packed.size()), comm::ReduceOp::kSum, world,
-                   site);
-  return unpack(packed, local);
+  for (at::Tensor& loss_sum : loss_sums) {
+    std::copy(sum, sum + loss_sum.numel(), loss_sum.mutable_data_ptr<double>());
+    sum += loss_sum.numel();
+  }
 }
 
 std::string gate_name(size_t gate, size_t num_gates) {
@@ -98,6 +115,27 @@ std::shared_ptr<const RoutingPlan> dense_plan(int64_t num_tokens) {
 }
 
 }  // namespace
+
+MoEStats& MoEStats::operator+=(const MoEStats& other) {
+  require(gates.size() == other.gates.size(), kName, "stats.gates", other.gates.size(),
+          "differs from " + std::to_string(gates.size()) + "; add statistics of one layer");
+  num_dropped += other.num_dropped;
+  num_tokens += other.num_tokens;
+  rows_processed += other.rows_processed;
+  for (size_t g = 0; g < gates.size(); ++g) {
+    gates::GateStats& gate = gates[g];
+    gates::GateStats more = other.gates[g];
+    std::vector<int64_t> fields;
+    for_each_sum(more, [&](int64_t field) { fields.push_back(field); });
+    auto next = fields.begin();
+    for_each_sum(gate, [&](int64_t& field) { field += *next++; });
+    gate.tokens_per_expert = gate.tokens_per_expert + more.tokens_per_expert;
+    gate.max_experts_per_token = std::max(gate.max_experts_per_token, more.max_experts_per_token);
+    gate.entropy_sum += more.entropy_sum;
+    gate.removed_weight += more.removed_weight;
+  }
+  return *this;
+}
 
 at::Tensor MoEOutput::loss() const {
   at::Tensor sum;
@@ -150,7 +188,7 @@ MoEOutput MoELayer::forward(const MoEInput& input) {
   const comm::CallSite site{kName, options_.layer_id, input.step};
   const comm::Group& ep = groups_.expert_parallel;
   const gates::GateInput gate_input = agree_on_input(input, site);
-  Decision decision = decide(gate_input, site);
+  Decision decision = decide(gate_input, input.earlier, site);
   const auto plan =
       make_routing_plan(decision.selection.routing, placement_, ep, {options_.strict, site});
   const at::Tensor rows = dispatch(input.tokens, plan, ep, site);
@@ -173,6 +211,11 @@ gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite 
     gate_input.progress = input.progress;
     gate_input.training = is_training();
     gates::validate(gate_input, -1, kName);
+    if (input.earlier) {
+      require(input.earlier->gates.size() == gates_.size(), kName, "earlier.gates",
+              input.earlier->gates.size(),
+              "differs from " + std::to_string(gates_.size()) + " gates of the layer");
+    }
   });
   // Tokens of the ranks before this one, and the valid ones of all.
   const int64_t mine[2] = {input.tokens.size(0),
@@ -187,22 +230,30 @@ gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite 
   return gate_input;
 }
 
-MoELayer::Decision MoELayer::decide(const gates::GateInput& input, comm::CallSite site) {
+MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
+                                    const std::optional<MoEStats>& earlier, comm::CallSite site) {
   Decision decision;
   MoEStats stats;
   std::vector<gates::Routing> routings;
   std::vector<gates::BalanceTerms> balances;
+  std::vector<gates::GlobalLoss> global_losses;
   comm::agree(groups_.world, site, [&] {
     int64_t non_finite = 0;
     for (const auto& gate : gates_) {
       gates::GateOutput out = gate->forward(input);
       gates::validate(out.routing, placement_.num_experts(), gate->name().c_str());
+      require(!out.residual_weight.defined() || experts_->d_in() == experts_->d_out(), kName,
+              "d_out", experts_->d_out(),
+              "differs from d_in=" + std::to_string(experts_->d_in()) +
+                  ", but this gate adds the token to the output");
       CappedRouting capped = apply_capacity(out.routing, options_.capacity, out.stats.num_tokens,
                                             gate->top_k(), placement_.num_experts());
       stats.num_dropped += capped.num_dropped;
       non_finite += out.stats.non_finite_tokens;
       routings.push_back(std::move(capped.routing));
       balances.push_back(std::move(out.balance));
+      decision.residual_weights.push_back(std::move(out.residual_weight));
+      for (gates::GlobalLoss& loss : out.global_losses) global_losses.push_back(std::move(loss));
       stats.gates.push_back(std::move(out.stats));
       for (gates::NamedLoss& loss : out.losses) decision.losses.push_back(std::move(loss));
     }
@@ -215,11 +266,25 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input, comm::CallSit
   });
   stats.num_tokens = stats.gates.front().num_tokens;
   stats.rows_processed = decision.selection.routing.num_assignments();
-  decision.stats = summed_over_ranks(stats, groups_.world, site);
+  std::vector<at::Tensor> loss_sums;
+  for (const gates::GlobalLoss& loss : global_losses) loss_sums.push_back(loss.local_sum);
+  sum_over_ranks(stats, loss_sums, groups_.world, site);
+  decision.stats = std::move(stats);
+
   for (size_t g = 0; g < balances.size(); ++g) {
     if (!balances[g].score_sum.defined()) continue;
-    decision.losses.push_back(gates::load_balance_loss(
-        balances[g], decision.stats.gates[g].tokens_per_expert, input.tokens_global));
+    at::Tensor counts = decision.stats.gates[g].tokens_per_expert;
+    int64_t counted_tokens = input.tokens_global;
+    if (earlier) {
+      counts = counts + earlier->gates[g].tokens_per_expert;
+      counted_tokens += earlier->gates[g].num_tokens;
+    }
+    decision.losses.push_back(
+        gates::load_balance_loss(balances[g], counts, input.tokens_global, counted_tokens));
+  }
+  for (size_t i = 0; i < global_losses.size(); ++i) {
+    decision.losses.push_back(gates::finish_global_loss(global_losses[i], loss_sums[i],
+                                                        input.tokens_global, groups_.world.size()));
   }
   return decision;
 }
@@ -238,6 +303,11 @@ MoEOutput MoELayer::finish(const MoEInput& input, const at::Tensor& combined, De
             ? combined
             : combined.narrow(1, static_cast<int64_t>(g) * experts_->d_out(), experts_->d_out());
     out.outputs.push_back(shared_out.defined() ? mine + shared_out : mine);
+    const at::Tensor& residual = decision.residual_weights[g];
+    if (residual.defined()) {
+      out.outputs.back() =
+          out.outputs.back() + residual.unsqueeze(1).to(input.tokens.scalar_type()) * input.tokens;
+    }
   }
   out.losses = std::move(decision.losses);
   out.stats = std::move(decision.stats);

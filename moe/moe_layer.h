@@ -27,6 +27,17 @@ struct MoELayerOptions {
   int layer_id = 0;    ///< names the layer in errors and in the headers that ranks compare
 };
 
+/// Counts of one forward, summed over all ranks; values only.
+struct MoEStats {
+  std::vector<gates::GateStats> gates;  ///< [G]
+  int64_t num_dropped = 0;              ///< assignments lost to capacity
+  int64_t num_tokens = 0;               ///< valid tokens
+  int64_t rows_processed = 0;  ///< (token, expert) pairs that experts ran, after merging gates
+
+  /// Adds the counts of another micro-batch of the same layer.
+  MoEStats& operator+=(const MoEStats& other);
+};
+
 struct MoEInput {
   MoEInput(at::Tensor tokens_) : tokens(std::move(tokens_)) {}  // NOLINT: a tensor is an input
   at::Tensor tokens;                   ///< [T, D] what the experts read; T may be 0
@@ -36,14 +47,9 @@ struct MoEInput {
   std::optional<at::Tensor> sequence;  ///< [T] int64
   int64_t step = 0;
   double progress = 0;
-};
-
-/// Counts of one forward, summed over all ranks; values only.
-struct MoEStats {
-  std::vector<gates::GateStats> gates;  ///< [G]
-  int64_t num_dropped = 0;              ///< assignments lost to capacity
-  int64_t num_tokens = 0;               ///< valid tokens
-  int64_t rows_processed = 0;  ///< (token, expert) pairs that experts ran, after merging gates
+  /// Statistics of the earlier micro-batches of this optimiser step, added up: the load-balance
+  /// loss then balances the whole batch (arXiv 2501.11873). Absent: this micro-batch alone.
+  std::optional<MoEStats> earlier;
 };
 
 struct MoEOutput {
@@ -85,10 +91,12 @@ class MoELayer : public torch::nn::Module {
   struct Decision {
     Selection selection;
     std::vector<gates::NamedLoss> losses;
+    std::vector<at::Tensor> residual_weights;  ///< [G], undefined for gates without
     MoEStats stats;
   };
   gates::GateInput agree_on_input(const MoEInput& input, comm::CallSite site) const;
-  Decision decide(const gates::GateInput& input, comm::CallSite site);
+  Decision decide(const gates::GateInput& input, const std::optional<MoEStats>& earlier,
+                  comm::CallSite site);
   MoEOutput finish(const MoEInput& input, const at::Tensor& combined, Decision decision);
 
   std::vector<std::shared_ptr<gates::Gate>> gates_;
