@@ -1,8 +1,6 @@
 #include "moe/grouped_mlp.h"
 
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -12,6 +10,7 @@
 #include "kernels/error.h"
 #include "kernels/permute.h"
 #include "kernels/random.h"
+#include "moe/products.h"
 #include "moe/segments.h"
 #include "moe/tensor_types.h"
 #include "moe/threads.h"
@@ -34,25 +33,6 @@ void keep(AutogradContext* ctx, const PlanPtr& plan) {
 }
 PlanPtr kept(AutogradContext* ctx) {
   return c10::static_intrusive_pointer_cast<PlanHolder>(ctx->saved_data["plan"].toCapsule())->plan;
-}
-
-/// Rows of a segment, gathered: scratch[i] = rows[row_of[begin + i]].
-at::Tensor gathered(const at::Tensor& rows, const at::Tensor& row_of, const Segment& segment,
-                    Scratch& scratch, size_t slot) {
-  at::Tensor out = scratch.rows(slot, segment.num_rows(), rows.size(1), rows.options());
-  kernels::permute(data_of(rows), int32_data(row_of) + segment.begin, mutable_data_of(out),
-                   segment.num_rows(), rows.size(1) * rows.element_size());
-  return out;
-}
-
-/// out = a b + bias, bias may be undefined.
-void product(at::Tensor out, const at::Tensor& a, const at::Tensor& b,
-             const at::Tensor& bias = {}) {
-  if (bias.defined()) {
-    at::addmm_out(out, bias, a, b);
-  } else {
-    at::mm_out(out, a, b);
-  }
 }
 
 /// Autograd functions take no undefined tensor; a missing bias travels as one of no dimension 2.
@@ -157,16 +137,17 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
 
     for_each_segment(make_segments(local), [&](const Segment& segment, Scratch& scratch) {
       const int64_t n = segment.num_rows();
-      const at::Tensor x = gathered(rows, row_of, segment, scratch, 0);
+      const SegmentRows x(rows, row_of, segment, scratch, 0);
       const at::Tensor pre_rows = pre.narrow(0, segment.begin, n);
-      product(pre_rows, x, up.select(0, segment.expert).t(), expert_part(up_bias, segment.expert));
+      multiply(pre_rows, x, up.select(0, segment.expert).t(), expert_part(up_bias, segment.expert),
+               scratch);
       const at::Tensor scale = weight_inside ? sorted.narrow(0, segment.begin, n) : at::Tensor();
       at::Tensor act = scratch.rows(1, n, d_ff, rows.options());
       kernels::activation_forward({n, d_ff, activation, gated}, dtype, data_of(pre_rows),
                                   data_of(scale), mutable_data_of(act));
       const at::Tensor y = out.narrow(0, segment.begin, n);
-      product(y, act, down.select(0, segment.expert).t(),
-              weight_inside ? at::Tensor() : expert_part(down_bias, segment.expert));
+      multiply(y, SegmentRows(act), down.select(0, segment.expert).t(),
+               weight_inside ? at::Tensor() : expert_part(down_bias, segment.expert), scratch);
       if (weight_inside && down_bias.defined()) {
         y.addmm_(scale.to(y.scalar_type()), down_bias.narrow(0, segment.expert, 1));
       }
@@ -221,11 +202,11 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     for_each_segment(segments, [&](const Segment& segment, Scratch& scratch) {
       const int64_t n = segment.num_rows(), e = segment.expert;
       const at::Tensor pre_rows = pre.narrow(0, segment.begin, n);
-      const at::Tensor g = weight_inside ? gathered(grad_out, row_of, segment, scratch, 0)
-                                         : grad_y.narrow(0, segment.begin, n);
+      const SegmentRows g = weight_inside ? SegmentRows(grad_out, row_of, segment, scratch, 0)
+                                          : SegmentRows(grad_y.narrow(0, segment.begin, n));
       const at::Tensor scale = weight_inside ? sorted.narrow(0, segment.begin, n) : at::Tensor();
       at::Tensor grad_act = scratch.rows(1, n, d_ff, rows.options());
-      product(grad_act, g, down.select(0, e));
+      multiply(grad_act, g, down.select(0, e), {}, scratch);
       at::Tensor grad_pre = scratch.rows(2, n, up.size(1), rows.options());
       at::Tensor grad_scale =
           grad_sorted.defined() ? grad_sorted.narrow(0, segment.begin, n) : at::Tensor();
@@ -233,27 +214,33 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
                                    data_of(scale), data_of(grad_act), mutable_data_of(grad_pre),
                                    mutable_data_of(grad_act), mutable_data_of(grad_scale));
       const at::Tensor& act = grad_act;  // now weights * act(pre)
-      if (grad_down.wanted()) product(grad_down.part(segment), g.t(), act);
+      if (grad_down.wanted()) {
+        multiply_transposed(grad_down.part(segment), g, SegmentRows(act), scratch);
+      }
       if (weight_inside && down_bias.defined()) {
         if (grad_scale.defined()) {
-          grad_scale.add_(at::mv(g, down_bias.select(0, e)).unsqueeze(1));
+          grad_scale.add_(at::mv(g.gathered(), down_bias.select(0, e)).unsqueeze(1));
         }
         if (grad_down_bias.wanted()) {
-          grad_down_bias.part(segment).copy_(at::mv(g.t(), scale.select(1, 0).to(g.scalar_type())));
+          grad_down_bias.part(segment).copy_(
+              at::mv(g.gathered().t(), scale.select(1, 0).to(grad_out.scalar_type())));
         }
       } else if (grad_down_bias.wanted()) {
-        grad_down_bias.part(segment).copy_(g.sum(0));
+        grad_down_bias.part(segment).copy_(g.gathered().sum(0));
       }
       if (y_all.defined()) {
-        product(y_all.narrow(0, segment.begin, n), act, down.select(0, e).t(),
-                expert_part(down_bias, e));
+        multiply(y_all.narrow(0, segment.begin, n), SegmentRows(act), down.select(0, e).t(),
+                 expert_part(down_bias, e), scratch);
       }
       if (grad_up.wanted()) {
-        const at::Tensor x = gathered(rows, row_of, segment, scratch, 3);
-        product(grad_up.part(segment), grad_pre.t(), x);
+        multiply_transposed(grad_up.part(segment), SegmentRows(grad_pre),
+                            SegmentRows(rows, row_of, segment, scratch, 3), scratch);
       }
       if (grad_up_bias.wanted()) grad_up_bias.part(segment).copy_(grad_pre.sum(0));
-      if (wants_rows) product(grad_x.narrow(0, segment.begin, n), grad_pre, up.select(0, e));
+      if (wants_rows) {
+        multiply(grad_x.narrow(0, segment.begin, n), SegmentRows(grad_pre), up.select(0, e), {},
+                 scratch);
+      }
     });
 
     at::Tensor grad_weights;
@@ -280,9 +267,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const at::Tensor row_of = local.row_of_sorted();
     at::Tensor out = at::empty({local.num_assignments, matrix.size(1)}, rows.options());
     for_each_segment(make_segments(local), [&](const Segment& segment, Scratch& scratch) {
-      product(out.narrow(0, segment.begin, segment.num_rows()),
-              gathered(rows, row_of, segment, scratch, 0), matrix.select(0, segment.expert).t(),
-              expert_part(bias, segment.expert));
+      multiply(out.narrow(0, segment.begin, segment.num_rows()),
+               SegmentRows(rows, row_of, segment, scratch, 0), matrix.select(0, segment.expert).t(),
+               expert_part(bias, segment.expert), scratch);
     });
     return out;
   }
@@ -323,12 +310,13 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     for_each_segment(segments, [&](const Segment& segment, Scratch& scratch) {
       const at::Tensor g = grad_y.narrow(0, segment.begin, segment.num_rows());
       if (grad_matrix.wanted()) {
-        product(grad_matrix.part(segment), g.t(), gathered(rows, row_of, segment, scratch, 0));
+        multiply_transposed(grad_matrix.part(segment), SegmentRows(g),
+                            SegmentRows(rows, row_of, segment, scratch, 0), scratch);
       }
       if (grad_bias.wanted()) grad_bias.part(segment).copy_(g.sum(0));
       if (wants_rows) {
-        product(grad_x.narrow(0, segment.begin, segment.num_rows()), g,
-                matrix.select(0, segment.expert));
+        multiply(grad_x.narrow(0, segment.begin, segment.num_rows()), SegmentRows(g),
+                 matrix.select(0, segment.expert), {}, scratch);
       }
     });
     return {wants_rows ? sums.reduced(grad_x) : at::Tensor(),
