@@ -1,16 +1,14 @@
 #include "gates/linear_router.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/ones.h>
+#include <ATen/ops/empty_like.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 
 #include "kernels/error.h"
+#include "kernels/router_linear.h"
 
 namespace perseid::gates {
 namespace {
@@ -18,9 +16,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-constexpr int64_t kRowsPerBlock = 256;
-constexpr int64_t kColumnsPerBlock = 64;
 
 kernels::DType kernel_type(at::ScalarType type) {
   return type == at::kDouble ? kernels::DType::kFloat64 : kernels::DType::kFloat32;
@@ -33,43 +28,33 @@ kernels::Stream stream_of(const Tensor& tensor) {
   return {};
 }
 
-/// a b in blocks of rows (dim 0) or columns (dim 1). Bits of a BLAS product may depend on its
-/// number of threads. In an OpenMP region each call runs on one thread, so blocks of fixed size do
-/// not.
-Tensor multiply(const Tensor& a, const Tensor& b, int64_t dim) {
-  Tensor product = at::empty({a.size(0), b.size(1)}, a.options());
-  const int64_t size = product.size(dim);
-  const int64_t block = dim == 0 ? kRowsPerBlock : kColumnsPerBlock;
-  const int64_t num_blocks = (size + block - 1) / block;
-  // At least two tasks, one of them perhaps idle: a single one would not open a region.
-  at::parallel_for(0, std::max<int64_t>(num_blocks, 2), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView no_graph;
-    for (int64_t i = begin; i < std::min(end, num_blocks); ++i) {
-      const int64_t start = i * block;
-      const int64_t length = std::min(block, size - start);
-      Tensor part = product.narrow(dim, start, length);
-      at::mm_out(part, dim == 0 ? a.narrow(0, start, length) : a,
-                 dim == 0 ? b : b.narrow(1, start, length));
-    }
-  });
-  return product;
+const void* data_or_null(const Tensor& tensor) {
+  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
-/// Tensors of one call in the compute type.
+/// Tensors of one call: features as kernels read them, the rest in the compute type.
 struct Operands {
   Tensor features, weight, logits;
+  kernels::RouterLinearShape shape;
+  kernels::DType dtype, features_dtype;
 };
 
 Operands form_logits(const Tensor& features, const Tensor& weight, const Tensor& bias) {
   const at::ScalarType type = router_compute_type(weight);
-  Operands operands{features.to(type).contiguous(), weight.to(type), {}};
-  operands.logits = multiply(operands.features, operands.weight.t(), 0);
-  if (bias.defined()) operands.logits.add_(bias.to(type));
+  const bool as_they_are = features.scalar_type() == at::kBFloat16 && type == at::kFloat;
+  Operands operands;
+  operands.features = (as_they_are ? features : features.to(type)).contiguous();
+  operands.weight = weight.to(type).contiguous();
+  operands.shape = {features.size(0), weight.size(0), features.size(1)};
+  operands.dtype = kernel_type(type);
+  operands.features_dtype = as_they_are ? kernels::DType::kBFloat16 : operands.dtype;
+  operands.logits = at::empty({features.size(0), weight.size(0)}, operands.weight.options());
+  const Tensor offset = bias.defined() ? bias.to(type).contiguous() : Tensor();
+  kernels::router_linear(operands.shape, operands.dtype, operands.features_dtype,
+                         operands.features.const_data_ptr(), operands.weight.const_data_ptr(),
+                         data_or_null(offset), operands.logits.mutable_data_ptr(),
+                         stream_of(operands.logits));
   return operands;
-}
-
-const void* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
 // An autograd function takes no undefined tensor: what is absent travels as an empty one.
@@ -167,20 +152,22 @@ struct LinearRouter : torch::autograd::Function<LinearRouter> {
 
     // Gradients in the order of the inputs of forward, in their types.
     variable_list results(5);
-    if (ctx->needs_input_grad(0)) {
-      results[0] = multiply(grad_logits, operands.weight, 0).to(saved[0].scalar_type());
-    }
-    if (ctx->needs_input_grad(1)) {
-      // Tokens that are not valid may hold anything, and 0 * NaN is not 0.
-      const Tensor features =
-          valid.defined() ? operands.features.masked_fill(valid.logical_not().unsqueeze(1), 0)
-                          : operands.features;
-      results[1] = multiply(grad_logits.t(), features, 1).to(saved[1].scalar_type());
-    }
+    if (ctx->needs_input_grad(0)) results[0] = at::empty_like(operands.features);
+    if (ctx->needs_input_grad(1)) results[1] = at::empty_like(operands.weight);
     if (bias.defined() && ctx->needs_input_grad(2)) {
-      const Tensor ones = at::ones({1, num_tokens}, grad_logits.options());
-      results[2] = multiply(ones, grad_logits, 1).reshape({-1}).to(bias.scalar_type());
+      results[2] = at::empty({num_experts}, grad_logits.options());
     }
+    const auto target = [&](size_t i) {
+      return results[i].defined() ? results[i].mutable_data_ptr() : nullptr;
+    };
+    kernels::router_linear_backward(
+        operands.shape, operands.dtype, operands.features_dtype, operands.features.const_data_ptr(),
+        operands.weight.const_data_ptr(), static_cast<const uint8_t*>(data_or_null(valid)),
+        grad_logits.const_data_ptr(), target(0), target(1), target(2), stream_of(grad_logits));
+    for (size_t i = 0; i < 2; ++i) {
+      if (results[i].defined()) results[i] = results[i].to(saved[i].scalar_type());
+    }
+    if (results[2].defined()) results[2] = results[2].to(bias.scalar_type());
     return results;
   }
 };

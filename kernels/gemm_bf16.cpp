@@ -231,14 +231,13 @@ bool has_gemm_bf16() {
 int64_t gemm_bf16_workspace(int64_t m, int64_t n, int64_t k, bool a_transposed) {
   const int64_t pairs = ceil_div(k, 2);
   const int64_t b_words = ceil_div(n, kPanel) * kPanel * pairs;
-  const int64_t a_words = a_transposed ? m * pairs : 0;
+  const int64_t a_words = a_transposed ? ceil_div(m * pairs, 16) * 16 : 0;
   const int64_t partial = pairs > kBlockPairs ? kBlockRows * kPanel : 0;
-  return 2 * (b_words + a_words + partial) + 64;
+  return 2 * (b_words + a_words + partial);
 }
 
 void gemm_bf16(int64_t m, int64_t n, int64_t k, const GemmOperand& a, const GemmOperand& b,
                BFloat16* c, int64_t c_stride, BFloat16* workspace) {
-  if (m == 0 || n == 0) return;
   const int64_t pairs = ceil_div(k, 2);
   auto* const b_words = reinterpret_cast<uint32_t*>(workspace);
   uint32_t* const a_words = b_words + ceil_div(n, kPanel) * kPanel * pairs;
@@ -257,6 +256,12 @@ void gemm_bf16(int64_t m, int64_t n, int64_t k, const GemmOperand& a, const Gemm
   }
   const bool odd = !a.transposed && k % 2 == 1;  // packed pairs are padded
   const int64_t whole_pairs = odd ? pairs - 1 : pairs;
+  PairRows from{};
+  from.step = (a.transposed ? m : int64_t{1}) * int64_t{sizeof(uint32_t)};
+  const auto row_start = [&](int64_t row) {
+    return a.transposed ? reinterpret_cast<const char*>(a_words + row)
+                        : reinterpret_cast<const char*>(row_at(a, row));
+  };
 
   for (int64_t top = 0; top < m; top += kBlockRows) {
     const int64_t bottom = std::min(m, top + kBlockRows);
@@ -269,18 +274,16 @@ void gemm_bf16(int64_t m, int64_t n, int64_t k, const GemmOperand& a, const Gemm
       do {  // once also for k = 0, which writes zeros
         const int64_t end = std::min(whole_pairs, begin + kBlockPairs);
         const bool last = end == whole_pairs;
+        const TileFunction whole_tile = tile_function(kTileRows, vectors);
         for (int64_t row = top; row < bottom; row += kTileRows) {
           const int64_t rows = std::min(kTileRows, bottom - row);
-          PairRows from{};
-          from.step = a.transposed ? m * int64_t{sizeof(uint32_t)} : int64_t{sizeof(uint32_t)};
           for (int64_t i = 0; i < rows; ++i) {
-            const void* start = a.transposed ? static_cast<const void*>(a_words + row + i)
-                                             : static_cast<const void*>(row_at(a, row + i));
-            from.rows[i] = static_cast<const char*>(start) + begin * from.step;
+            from.rows[i] = row_start(row + i) + begin * from.step;
           }
-          tile_function(rows, vectors)(from, panel + begin * kPanel, end - begin, last && odd,
-                                       partial + (row - top) * kPanel, begin == 0, last,
-                                       c + row * c_stride + column, c_stride, mask);
+          const TileFunction run = rows == kTileRows ? whole_tile : tile_function(rows, vectors);
+          run(from, panel + begin * kPanel, end - begin, last && odd,
+              partial + (row - top) * kPanel, begin == 0, last, c + row * c_stride + column,
+              c_stride, mask);
         }
         begin = end;
       } while (begin < whole_pairs);

@@ -13,7 +13,7 @@ namespace perseid {
 namespace {
 
 // Long enough for products to run at full speed, short enough that one hot expert is shared out.
-constexpr int64_t kSegmentRows = 1024;
+constexpr int64_t kSegmentRows = 512;
 
 }  // namespace
 
