@@ -29,6 +29,11 @@ struct RandomKey {
 };
 constexpr RandomKey random_key(uint64_t seed) { return RandomKey{splitmix64(seed)}; }
 
+/// The same stream without its first `count` elements.
+constexpr RandomKey skip(RandomKey key, uint64_t count) {
+  return RandomKey{key.value + count * 0x9E3779B97F4A7C15ull};
+}
+
 /// 64 random bits, element `counter` of the stream `key`. Counter-based: no state, any order.
 constexpr uint64_t random_bits(RandomKey key, uint64_t counter) {
   return splitmix64(key.value + counter * 0x9E3779B97F4A7C15ull);
@@ -44,5 +49,9 @@ constexpr uint64_t random_below(RandomKey key, uint64_t counter, uint64_t n) {
 
 /// out[i] = low + (high - low) * random_uniform(key, i), computed in double, rounded once.
 void fill_uniform(void* out, int64_t count, DType dtype, double low, double high, RandomKey key);
+
+/// out[i] = a standard normal number from elements 2i and 2i+1 of the stream (Box and Muller),
+/// computed in double, rounded once.
+void fill_normal(void* out, int64_t count, DType dtype, RandomKey key);
 
 }  // namespace perseid::kernels
