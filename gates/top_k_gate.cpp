@@ -10,6 +10,7 @@
 
 #include "gates/describe.h"
 #include "gates/draws.h"
+#include "gates/gate_parts.h"
 #include "gates/linear_router.h"
 #include "gates/losses.h"
 #include "gates/state_buffer.h"
@@ -38,18 +39,13 @@ void validate_groups(const TopKGateOptions& options) {
 }
 
 void validate(const TopKGateOptions& options) {
-  require(options.d_model() >= 1, kOperation, "d_model", options.d_model(),
-          "is below 1; give the width of the tokens");
+  require_d_model(kOperation, options.d_model());
   require(std::isfinite(options.route_scale()) && options.route_scale() > 0, kOperation,
           "route_scale", options.route_scale(),
           "is not a finite number above 0; choose 1 for weights that are not scaled");
-  const auto require_coefficient = [](const char* argument, double value) {
-    require(std::isfinite(value) && value >= 0, kOperation, argument, value,
-            "is not a finite number from 0 on; choose 0 to switch the loss off");
-  };
-  require_coefficient("aux_loss_coeff", options.aux_loss_coeff());
-  require_coefficient("z_loss_coeff", options.z_loss_coeff());
-  require_coefficient("balance_coeff", options.balance_coeff());
+  require_coefficient(kOperation, "aux_loss_coeff", options.aux_loss_coeff());
+  require_coefficient(kOperation, "z_loss_coeff", options.z_loss_coeff());
+  require_coefficient(kOperation, "balance_coeff", options.balance_coeff());
   require(std::isfinite(options.bias_update_rate()) && options.bias_update_rate() >= 0, kOperation,
           "bias_update_rate", options.bias_update_rate(),
           "is not a finite number from 0 on; choose 0 to route without expert_bias");
@@ -74,14 +70,9 @@ TopKGate::TopKGate(const TopKGateOptions& options)
         "constant route_scale: the router gets no gradient from the output; choose "
         "normalization=auto or all");
   }
-  weight = register_parameter("weight",
-                              at::empty({options.num_experts(), options.d_model()}, at::kFloat));
-  const double bound = std::sqrt(6.0 / static_cast<double>(weight.size(0) + weight.size(1)));
-  const kernels::RandomKey key = kernels::random_key(options.seed())
-                                     .with(static_cast<uint64_t>(options.layer_id()))
-                                     .with(static_cast<uint64_t>(options.gate_id()));
-  kernels::fill_uniform(weight.mutable_data_ptr(), weight.numel(), kernels::DType::kFloat32, -bound,
-                        bound, key);
+  weight = register_parameter(
+      "weight", router_weight(options.num_experts(), options.d_model(), options.seed(),
+                              options.layer_id(), options.gate_id()));
   if (options.bias()) {
     bias = register_parameter("bias", at::zeros({options.num_experts()}, at::kFloat));
   }
@@ -129,9 +120,7 @@ at::Tensor TopKGate::features_of(const GateInput& input) const {
 }
 
 GateOutput TopKGate::forward(const GateInput& input) {
-  gates::validate(input, options_.d_model(), kOperation);
-  require(input.tokens.device() == weight.device(), kOperation, "tokens.device",
-          input.tokens.device(), "differs from weight.device=" + to_text(weight.device()));
+  require_input(input, weight, kOperation);
   LinearRouterOptions router;
   router.scores.score_function = options_.score_function();
   router.scores.normalize = normalizes_selection(options_);
@@ -152,7 +141,7 @@ GateOutput TopKGate::forward(const GateInput& input) {
       linear_router(features_of(input), weight, bias, valid, router, expert_bias);
 
   GateOutput output;
-  output.stats.num_tokens = valid.defined() ? valid.sum().item<int64_t>() : input.tokens.size(0);
+  output.stats.num_tokens = count_valid(input);
   output.stats.num_assignments = output.stats.num_tokens * top_k();
   output.stats.tokens_per_expert = routed.tokens_per_expert;
   output.stats.non_finite_tokens = routed.non_finite_tokens;
@@ -165,8 +154,7 @@ GateOutput TopKGate::forward(const GateInput& input) {
   output.routing.weights = routed.weights;
   if (valid.defined()) output.routing = without_invalid(output.routing, valid);
 
-  const int64_t tokens_global =
-      input.tokens_global > 0 ? input.tokens_global : output.stats.num_tokens;
+  const int64_t tokens_global = tokens_global_of(input, output.stats.num_tokens);
   if (by_sequence) {
     output.routing.scores = routed.score_shares.detach();
     output.losses.push_back(sequence_balance_loss(
