@@ -63,8 +63,8 @@ NoisyTopKGate::Logits NoisyTopKGate::logits_of(const GateInput& input) const {
   const auto first = static_cast<uint64_t>(input.first_token * num_experts());
   kernels::fill_normal(
       noise.mutable_data_ptr(), noise.numel(),
-      noise.scalar_type() == at::kDouble ? kernels::DType::kFloat64 : kernels::DType::kFloat32,
-      kernels::skip(key, 2 * first));  // a normal number takes two elements
+      noise.scalar_type() == at::kDouble ? kernels::DType::kFloat64 : kernels::DType::kFloat32, key,
+      first);
   if (options_.noise() == RouterNoise::kLearned) {
     logits.sigma = at::softplus(linear_logits(features, noise_weight, {}, valid))
                        .add(options_.noise_epsilon());

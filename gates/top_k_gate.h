@@ -15,7 +15,7 @@ enum class Normalization : uint8_t {
 
 /// Over which tokens the load-balance loss compares experts.
 enum class AuxScope : uint8_t {
-  kStep,      ///< all tokens of all ranks, with MoEInput::earlier of all micro-batches of the step
+  kStep,  ///< all tokens of all ranks; with MoEInput::earlier also those of earlier micro-batches
   kSequence,  ///< each sequence of GateInput::sequence by itself, see sequence_balance_loss
 };
 

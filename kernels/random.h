@@ -50,8 +50,8 @@ constexpr uint64_t random_below(RandomKey key, uint64_t counter, uint64_t n) {
 /// out[i] = low + (high - low) * random_uniform(key, i), computed in double, rounded once.
 void fill_uniform(void* out, int64_t count, DType dtype, double low, double high, RandomKey key);
 
-/// out[i] = a standard normal number from elements 2i and 2i+1 of the stream (Box and Muller),
-/// computed in double, rounded once.
-void fill_normal(void* out, int64_t count, DType dtype, RandomKey key);
+/// out[i] = standard normal number first + i of the key (Box and Muller: numbers 2p and 2p+1 are
+/// made of elements 2p and 2p+1 of the stream), computed in double, rounded once.
+void fill_normal(void* out, int64_t count, DType dtype, RandomKey key, uint64_t first = 0);
 
 }  // namespace perseid::kernels

@@ -16,7 +16,8 @@ enum class DropPolicy : uint8_t {
   kRandom,
   /// One expert for each token: the first of its choices that has room, all first choices before
   /// all second ones (no token left behind, Switch). The choices of the gate are candidates, so use
-  /// it with several of them and weights that need no others (Normalization::kAll).
+  /// it with several of them and weights that need no others (Normalization::kAll). Statistics and
+  /// balance terms of the gate count candidates.
   kNoTokenLeftBehind,
 };
 

@@ -116,9 +116,16 @@ TEST(Random, Normal) {
   EXPECT_NEAR(square / double(count), 1, 5 * std::sqrt(2. / double(count)));
   EXPECT_NEAR(fourth / double(count), 3, 5 * std::sqrt(96. / double(count)));
   // Element i has its own numbers: a part of the stream can be drawn alone.
-  std::vector<double> part(10);
-  fill_normal(part.data(), 10, DType::kFloat64, skip(key, 2 * 500));
-  EXPECT_EQ(part, std::vector<double>(values.begin() + 500, values.begin() + 510));
+  for (const int64_t first : {500, 501}) {
+    for (const int64_t size : {0, 1, 10, 11}) {
+      std::vector<double> part(static_cast<size_t>(size));
+      fill_normal(part.data(), size, DType::kFloat64, key, static_cast<uint64_t>(first));
+      EXPECT_EQ(part, std::vector<double>(values.begin() + first, values.begin() + first + size));
+    }
+  }
+  double neighbours = 0;
+  for (int64_t i = 0; i + 1 < count; ++i) neighbours += values[i] * values[i + 1];
+  EXPECT_NEAR(neighbours / double(count), 0, 5 / std::sqrt(double(count)));
   std::vector<double> uniform(20), uniform_part(5);
   fill_uniform(uniform.data(), 20, DType::kFloat64, 1, 2, key);
   fill_uniform(uniform_part.data(), 5, DType::kFloat64, 1, 2, skip(key, 7));
