@@ -5,8 +5,7 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
-
+#include "gates/router_call.h"
 #include "kernels/error.h"
 #include "kernels/router_linear.h"
 
@@ -17,21 +16,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-kernels::DType kernel_type(at::ScalarType type) {
-  return type == at::kDouble ? kernels::DType::kFloat64 : kernels::DType::kFloat32;
-}
-
-/// Throws for devices without a kernel.
-kernels::Stream stream_of(const Tensor& tensor) {
-  require(tensor.device().is_cpu(), "top_k_gate", "device", tensor.device(),
-          "has no router kernel; move the gate and its input to the CPU");
-  return {};
-}
-
-const void* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
-
 /// Tensors of one call: features as kernels read them, the rest in the compute type.
 struct Operands {
   Tensor features, weight, logits;
@@ -39,7 +23,7 @@ struct Operands {
   kernels::DType dtype, features_dtype;
 };
 
-Operands form_logits(const Tensor& features, const Tensor& weight, const Tensor& bias) {
+Operands read_operands(const Tensor& features, const Tensor& weight) {
   const at::ScalarType type = router_compute_type(weight);
   const bool as_they_are = features.scalar_type() == at::kBFloat16 && type == at::kFloat;
   Operands operands;
@@ -48,127 +32,149 @@ Operands form_logits(const Tensor& features, const Tensor& weight, const Tensor&
   operands.shape = {features.size(0), weight.size(0), features.size(1)};
   operands.dtype = kernel_type(type);
   operands.features_dtype = as_they_are ? kernels::DType::kBFloat16 : operands.dtype;
-  operands.logits = at::empty({features.size(0), weight.size(0)}, operands.weight.options());
-  const Tensor offset = bias.defined() ? bias.to(type).contiguous() : Tensor();
-  kernels::router_linear(operands.shape, operands.dtype, operands.features_dtype,
-                         operands.features.const_data_ptr(), operands.weight.const_data_ptr(),
-                         data_or_null(offset), operands.logits.mutable_data_ptr(),
-                         stream_of(operands.logits));
   return operands;
 }
 
-// An autograd function takes no undefined tensor: what is absent travels as an empty one.
-Tensor or_empty(const Tensor& tensor) {
-  return tensor.defined() ? tensor : at::empty({0}, at::kFloat);
-}
-Tensor or_undefined(const Tensor& tensor) { return tensor.numel() > 0 ? tensor : Tensor(); }
-
-/// A gradient in the compute type and without gaps; undefined stays undefined.
-Tensor dense_gradient(const Tensor& gradient, at::ScalarType type) {
-  return gradient.defined() ? gradient.to(type).contiguous() : gradient;
-}
-
-kernels::RouterInput kernel_input(const Tensor& logits, const Tensor& valid) {
-  kernels::RouterInput input;
-  input.logits = logits.const_data_ptr();
-  input.valid = static_cast<const uint8_t*>(data_or_null(valid));  // a bool is one byte, 0 or 1
-  return input;
+Operands form_logits(const Tensor& features, const Tensor& weight, const Tensor& bias) {
+  const kernels::Stream stream = stream_of(features);
+  Operands operands = read_operands(features, weight);
+  operands.logits = at::empty({features.size(0), weight.size(0)}, operands.weight.options());
+  const Tensor offset =
+      bias.defined() ? bias.to(operands.weight.scalar_type()).contiguous() : Tensor();
+  kernels::router_linear(operands.shape, operands.dtype, operands.features_dtype,
+                         operands.features.const_data_ptr(), operands.weight.const_data_ptr(),
+                         data_or_null(offset), operands.logits.mutable_data_ptr(), stream);
+  return operands;
 }
 
-// Inputs: features, weight, bias, valid, options. Outputs: weights, expert_idx, tokens_per_expert,
-// non_finite_tokens, then score_sum and lse_square_sum as far as they are asked for.
+void require_first_derivative() {
+  require(!c10::GradMode::is_enabled(), "top_k_gate", "create_graph", true,
+          "is not supported: the router has no second derivative");
+}
+
+void save_options(AutogradContext& ctx, const LinearRouterOptions& options) {
+  ctx.saved_data["score_function"] = static_cast<int64_t>(options.scores.score_function);
+  ctx.saved_data["normalize"] = options.scores.normalize;
+  ctx.saved_data["route_scale"] = options.scores.route_scale;
+  ctx.saved_data["top_k"] = options.top_k;
+  ctx.saved_data["score_sum"] = options.score_sum;
+  ctx.saved_data["lse_square_sum"] = options.lse_square_sum;
+  ctx.saved_data["score_shares"] = options.score_shares;
+}
+
+LinearRouterOptions saved_options(AutogradContext& ctx) {
+  LinearRouterOptions options;
+  options.scores.score_function =
+      static_cast<kernels::ScoreFunction>(ctx.saved_data["score_function"].toInt());
+  options.scores.normalize = ctx.saved_data["normalize"].toBool();
+  options.scores.route_scale = ctx.saved_data["route_scale"].toDouble();
+  options.top_k = ctx.saved_data["top_k"].toInt();
+  options.score_sum = ctx.saved_data["score_sum"].toBool();
+  options.lse_square_sum = ctx.saved_data["lse_square_sum"].toBool();
+  options.score_shares = ctx.saved_data["score_shares"].toBool();
+  return options;
+}
+
+void mark_integers(AutogradContext& ctx, const variable_list& outputs) {
+  ctx.mark_non_differentiable(
+      {outputs[kExpertIdx], outputs[kTokensPerExpert], outputs[kNonFinite], outputs[kEntropySum]});
+  ctx.set_materialize_grads(false);
+}
+
+/// Gradients of features, weight and bias, in their types.
+variable_list linear_backward(AutogradContext& ctx, const variable_list& saved,
+                              const Operands& operands, const Tensor& valid,
+                              const Tensor& grad_logits) {
+  variable_list results(3);
+  const Tensor bias = or_undefined(saved[2]);
+  if (ctx.needs_input_grad(0)) results[0] = at::empty_like(operands.features);
+  if (ctx.needs_input_grad(1)) results[1] = at::empty_like(operands.weight);
+  if (bias.defined() && ctx.needs_input_grad(2)) {
+    results[2] = at::empty({grad_logits.size(1)}, grad_logits.options());
+  }
+  const auto target = [&](size_t i) {
+    return results[i].defined() ? results[i].mutable_data_ptr() : nullptr;
+  };
+  kernels::router_linear_backward(
+      operands.shape, operands.dtype, operands.features_dtype, operands.features.const_data_ptr(),
+      operands.weight.const_data_ptr(), static_cast<const uint8_t*>(data_or_null(valid)),
+      grad_logits.contiguous().const_data_ptr(), target(0), target(1), target(2),
+      stream_of(grad_logits));
+  for (size_t i = 0; i < 3; ++i) {
+    if (results[i].defined()) results[i] = results[i].to(saved[i].scalar_type());
+  }
+  return results;
+}
+
 struct LinearRouter : torch::autograd::Function<LinearRouter> {
   static variable_list forward(AutogradContext* ctx, const Tensor& features, const Tensor& weight,
-                               const Tensor& bias_in, const Tensor& valid_in,
+                               const Tensor& bias, const Tensor& valid, const Tensor& expert_bias,
                                const LinearRouterOptions& options) {
-    const Tensor bias = or_undefined(bias_in), valid = or_undefined(valid_in);
-    const kernels::Stream stream = stream_of(features);
-    const Operands operands = form_logits(features, weight, bias);
-    const kernels::RouterShape shape{features.size(0), weight.size(0), options.top_k};
-    const at::TensorOptions real = operands.logits.options();
-    const int64_t num_slots = shape.num_tokens * shape.top_k;
-    variable_list outputs = {at::empty({num_slots}, real),
-                             at::empty({num_slots}, real.dtype(at::kInt)),
-                             at::empty({shape.num_experts}, real.dtype(at::kLong)),
-                             at::empty({}, real.dtype(at::kLong))};
-    kernels::RouterOutput output;
-    output.weights = outputs[0].mutable_data_ptr();
-    output.expert_idx = outputs[1].mutable_data_ptr<int32_t>();
-    output.tokens_per_expert = outputs[2].mutable_data_ptr<int64_t>();
-    output.non_finite_tokens = outputs[3].mutable_data_ptr<int64_t>();
-    if (options.score_sum) {
-      outputs.push_back(at::empty({shape.num_experts}, real));
-      output.score_sum = outputs.back().mutable_data_ptr();
-    }
-    if (options.lse_square_sum) {
-      outputs.push_back(at::empty({}, real));
-      output.lse_square_sum = outputs.back().mutable_data_ptr();
-    }
-    kernels::route(shape, options.scores, kernel_type(operands.logits.scalar_type()),
-                   kernel_input(operands.logits, valid), output, stream);
-
-    ctx->save_for_backward({features, weight, bias_in, valid_in, outputs[1]});
-    ctx->mark_non_differentiable({outputs[1], outputs[2], outputs[3]});
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["score_function"] = static_cast<int64_t>(options.scores.score_function);
-    ctx->saved_data["normalize"] = options.scores.normalize;
-    ctx->saved_data["route_scale"] = options.scores.route_scale;
-    ctx->saved_data["score_sum"] = options.score_sum;
+    const Operands operands = form_logits(features, weight, or_undefined(bias));
+    variable_list outputs =
+        route_logits(operands.logits, or_undefined(valid), or_undefined(expert_bias), options);
+    ctx->save_for_backward({features, weight, bias, valid, outputs[kExpertIdx]});
+    mark_integers(*ctx, outputs);
+    save_options(*ctx, options);
     return outputs;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    require(!c10::GradMode::is_enabled(), "top_k_gate", "create_graph", true,
-            "is not supported: the router has no second derivative");
+    require_first_derivative();
     const variable_list saved = ctx->get_saved_variables();
-    const Tensor bias = or_undefined(saved[2]), valid = or_undefined(saved[3]);
-    const Tensor& expert_idx = saved[4];
-    const Operands operands = form_logits(saved[0], saved[1], bias);
-    const at::ScalarType type = operands.logits.scalar_type();
-    const int64_t num_tokens = operands.logits.size(0);
-    const int64_t num_experts = operands.logits.size(1);
-    const int64_t top_k = num_tokens == 0 ? 1 : expert_idx.size(0) / num_tokens;
-    const bool has_score_sum = ctx->saved_data["score_sum"].toBool();
-    const size_t lse_slot = has_score_sum ? 5 : 4;
-
-    const Tensor grad_weights = dense_gradient(gradients[0], type);
-    const Tensor grad_score_sum = has_score_sum ? dense_gradient(gradients[4], type) : Tensor();
-    const Tensor grad_lse_square_sum =
-        lse_slot < gradients.size() ? dense_gradient(gradients[lse_slot], type) : Tensor();
-    kernels::RouterGradInput grad;
-    grad.expert_idx = expert_idx.const_data_ptr<int32_t>();
-    grad.grad_weights = data_or_null(grad_weights);
-    grad.grad_score_sum = data_or_null(grad_score_sum);
-    grad.grad_lse_square_sum = data_or_null(grad_lse_square_sum);
-    kernels::RouterOptions scores;
-    scores.score_function =
-        static_cast<kernels::ScoreFunction>(ctx->saved_data["score_function"].toInt());
-    scores.normalize = ctx->saved_data["normalize"].toBool();
-    scores.route_scale = ctx->saved_data["route_scale"].toDouble();
-    const Tensor grad_logits = at::empty({num_tokens, num_experts}, operands.logits.options());
-    kernels::route_backward({num_tokens, num_experts, top_k}, scores, kernel_type(type),
-                            kernel_input(operands.logits, valid), grad,
-                            grad_logits.mutable_data_ptr(), stream_of(grad_logits));
-
-    // Gradients in the order of the inputs of forward, in their types.
-    variable_list results(5);
-    if (ctx->needs_input_grad(0)) results[0] = at::empty_like(operands.features);
-    if (ctx->needs_input_grad(1)) results[1] = at::empty_like(operands.weight);
-    if (bias.defined() && ctx->needs_input_grad(2)) {
-      results[2] = at::empty({num_experts}, grad_logits.options());
-    }
-    const auto target = [&](size_t i) {
-      return results[i].defined() ? results[i].mutable_data_ptr() : nullptr;
-    };
-    kernels::router_linear_backward(
-        operands.shape, operands.dtype, operands.features_dtype, operands.features.const_data_ptr(),
-        operands.weight.const_data_ptr(), static_cast<const uint8_t*>(data_or_null(valid)),
-        grad_logits.const_data_ptr(), target(0), target(1), target(2), stream_of(grad_logits));
-    for (size_t i = 0; i < 2; ++i) {
-      if (results[i].defined()) results[i] = results[i].to(saved[i].scalar_type());
-    }
-    if (results[2].defined()) results[2] = results[2].to(bias.scalar_type());
+    const Tensor valid = or_undefined(saved[3]);
+    const Operands operands = form_logits(saved[0], saved[1], or_undefined(saved[2]));
+    const Tensor grad_logits =
+        route_logits_backward(operands.logits, valid, saved[4], saved_options(*ctx), gradients);
+    variable_list results = linear_backward(*ctx, saved, operands, valid, grad_logits);
+    results.resize(6);  // nothing for valid, expert_bias and options
     return results;
+  }
+};
+
+/// Rows of tokens that are not valid may hold anything, and 0 * NaN is not 0.
+Tensor clean_rows(const Tensor& rows, const Tensor& valid) {
+  return valid.defined() ? rows.masked_fill(valid.logical_not().unsqueeze(1), 0) : rows;
+}
+
+struct LinearLogits : torch::autograd::Function<LinearLogits> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& features, const Tensor& weight,
+                        const Tensor& bias, const Tensor& valid) {
+    ctx->save_for_backward({features, weight, bias, valid});
+    return clean_rows(form_logits(features, weight, or_undefined(bias)).logits,
+                      or_undefined(valid));
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    require_first_derivative();
+    const variable_list saved = ctx->get_saved_variables();
+    const Tensor valid = or_undefined(saved[3]);
+    const at::ScalarType type = router_compute_type(saved[1]);
+    const Operands operands = read_operands(saved[0], saved[1]);
+    const Tensor grad_logits = clean_rows(gradients[0].to(type).contiguous(), valid);
+    variable_list results = linear_backward(*ctx, saved, operands, valid, grad_logits);
+    results.resize(4);
+    return results;
+  }
+};
+
+struct LogitRouter : torch::autograd::Function<LogitRouter> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& valid,
+                               const LinearRouterOptions& options) {
+    const Tensor rows = logits.contiguous();
+    variable_list outputs = route_logits(rows, or_undefined(valid), {}, options);
+    ctx->save_for_backward({rows, valid, outputs[kExpertIdx]});
+    mark_integers(*ctx, outputs);
+    save_options(*ctx, options);
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    require_first_derivative();
+    const variable_list saved = ctx->get_saved_variables();
+    return {route_logits_backward(saved[0], or_undefined(saved[1]), saved[2], saved_options(*ctx),
+                                  gradients),
+            Tensor(), Tensor()};
   }
 };
 
@@ -179,17 +185,22 @@ at::ScalarType router_compute_type(const Tensor& weight) {
 }
 
 LinearRouterOutput linear_router(const Tensor& features, const Tensor& weight, const Tensor& bias,
-                                 const Tensor& valid, const LinearRouterOptions& options) {
-  const variable_list outputs =
-      LinearRouter::apply(features, weight, or_empty(bias), or_empty(valid).contiguous(), options);
-  LinearRouterOutput output;
-  output.weights = outputs[0];
-  output.expert_idx = outputs[1];
-  output.tokens_per_expert = outputs[2];
-  output.non_finite_tokens = outputs[3].item<int64_t>();
-  if (options.score_sum) output.score_sum = outputs[4];
-  if (options.lse_square_sum) output.lse_square_sum = outputs[options.score_sum ? 5 : 4];
-  return output;
+                                 const Tensor& valid, const LinearRouterOptions& options,
+                                 const Tensor& expert_bias) {
+  return router_output(
+      LinearRouter::apply(features, weight, or_empty(bias), or_empty(valid).contiguous(),
+                          or_empty(expert_bias).contiguous(), options),
+      options);
+}
+
+Tensor linear_logits(const Tensor& features, const Tensor& weight, const Tensor& bias,
+                     const Tensor& valid) {
+  return LinearLogits::apply(features, weight, or_empty(bias), or_empty(valid).contiguous());
+}
+
+LinearRouterOutput logit_router(const Tensor& logits, const Tensor& valid,
+                                const LinearRouterOptions& options) {
+  return router_output(LogitRouter::apply(logits, or_empty(valid).contiguous(), options), options);
 }
 
 }  // namespace perseid::gates

@@ -1,5 +1,7 @@
 #include "gates/losses.h"
 
+#include <ATen/ops/_unique.h>
+#include <ATen/ops/bincount.h>
 #include <ATen/ops/dot.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
@@ -35,6 +37,30 @@ NamedLoss load_balance_loss(const BalanceTerms& terms, const at::Tensor& global_
   const at::Tensor raw = at::dot(terms.score_sum.to(at::kDouble), f);
   const at::ScalarType type = terms.score_sum.scalar_type();
   return {"aux_loss", raw.mul(terms.aux_loss_coeff).to(type), raw.detach().to(type)};
+}
+
+NamedLoss sequence_balance_loss(const at::Tensor& score_shares, const at::Tensor& expert_idx,
+                                const at::Tensor& sequence, double coeff, bool normalize_by_k,
+                                int64_t tokens_global) {
+  require(tokens_global >= 0, "sequence_balance_loss", "tokens_global", tokens_global,
+          "is negative");
+  const int64_t E = score_shares.size(1), K = expert_idx.size(1);
+  const auto [numbers, slot] = at::_unique(sequence, /*sorted=*/true, /*return_inverse=*/true);
+  const int64_t num_sequences = numbers.size(0);
+  const at::Tensor is_chosen = expert_idx.ge(0);
+  const at::Tensor pairs = slot.unsqueeze(1).mul(E).add(expert_idx).masked_select(is_chosen);
+  const at::Tensor counts = at::bincount(pairs, {}, num_sequences * E).view({num_sequences, E});
+  // Every valid token has K pairs, so the counts of a sequence sum to K times its tokens.
+  const double sum_of_f = normalize_by_k ? 1.0 : static_cast<double>(K);
+  const at::Tensor f =
+      counts.to(at::kDouble).mul(sum_of_f).div(counts.sum(1, /*keepdim=*/true).clamp_min(1));
+  const at::Tensor score_sum =
+      at::zeros({num_sequences, E}, score_shares.options()).index_add(0, slot, score_shares);
+  const double scale =
+      tokens_global > 0 ? static_cast<double>(E) / static_cast<double>(tokens_global) : 0.0;
+  const at::Tensor raw = score_sum.to(at::kDouble).mul(f).sum(1).sum().mul(scale);
+  const at::ScalarType type = score_shares.scalar_type();
+  return {"aux_loss", raw.mul(coeff).to(type), raw.detach().to(type)};
 }
 
 NamedLoss z_loss(const at::Tensor& lse_square_sum, double coeff, int64_t tokens_global) {

@@ -22,6 +22,18 @@ namespace perseid::gates {
 NamedLoss load_balance_loss(const BalanceTerms& terms, const at::Tensor& global_tokens_per_expert,
                             int64_t tokens_global, int64_t counted_tokens = -1);
 
+/// "aux_loss" of each sequence by itself, weighted by its share of the tokens (DeepSeek): the sum
+/// over sequences s of T_s / tokens_global * coeff * E * sum_i f_i * p_i, with f and p of the T_s
+/// valid tokens of s that are here: of a sequence on several ranks, each part is balanced. 0 if
+/// tokens_global is 0.
+/// @param score_shares  [T, E] scores that sum to 1, 0 for tokens that are not valid;
+/// differentiable
+/// @param expert_idx    [T, K] -1 for tokens that are not valid
+/// @param sequence      [T] int64, any numbers
+NamedLoss sequence_balance_loss(const at::Tensor& score_shares, const at::Tensor& expert_idx,
+                                const at::Tensor& sequence, double coeff, bool normalize_by_k,
+                                int64_t tokens_global);
+
 /// "z_loss": coeff * lse_square_sum / tokens_global (ST-MoE), 0 if tokens_global is 0.
 /// @param lse_square_sum  scalar, local sum of logsumexp(logits)^2
 NamedLoss z_loss(const at::Tensor& lse_square_sum, double coeff, int64_t tokens_global);

@@ -42,4 +42,25 @@ void fill_uniform(void* out, int64_t count, DType dtype, double low, double high
   });
 }
 
+void fill_normal(void* out, int64_t count, DType dtype, RandomKey key, uint64_t first) {
+  constexpr const char* kOperation = "fill_normal";
+  constexpr double kTwoPi = 6.28318530717958647692;
+  require_count(kOperation, "count", count);
+  require_buffer(kOperation, "out", out, count);
+  dispatch_dtype(dtype, kOperation, [&](auto tag) {
+    auto* const values = static_cast<decltype(tag)*>(out);
+    parallel_for(0, count, 1 << 12, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end;) {
+        const uint64_t number = first + static_cast<uint64_t>(i);
+        const uint64_t pair = number & ~uint64_t{1};
+        // 1 - u is in (0, 1]: its logarithm is finite.
+        const double radius = std::sqrt(-2.0 * std::log(1.0 - random_uniform(key, pair)));
+        const double angle = kTwoPi * random_uniform(key, pair + 1);
+        if (number == pair) store_once(values + i++, radius * std::cos(angle));
+        if (i < end) store_once(values + i++, radius * std::sin(angle));
+      }
+    });
+  });
+}
+
 }  // namespace perseid::kernels

@@ -29,6 +29,11 @@ struct RandomKey {
 };
 constexpr RandomKey random_key(uint64_t seed) { return RandomKey{splitmix64(seed)}; }
 
+/// The same stream without its first `count` elements.
+constexpr RandomKey skip(RandomKey key, uint64_t count) {
+  return RandomKey{key.value + count * 0x9E3779B97F4A7C15ull};
+}
+
 /// 64 random bits, element `counter` of the stream `key`. Counter-based: no state, any order.
 constexpr uint64_t random_bits(RandomKey key, uint64_t counter) {
   return splitmix64(key.value + counter * 0x9E3779B97F4A7C15ull);
@@ -44,5 +49,9 @@ constexpr uint64_t random_below(RandomKey key, uint64_t counter, uint64_t n) {
 
 /// out[i] = low + (high - low) * random_uniform(key, i), computed in double, rounded once.
 void fill_uniform(void* out, int64_t count, DType dtype, double low, double high, RandomKey key);
+
+/// out[i] = standard normal number first + i of the key (Box and Muller: numbers 2p and 2p+1 are
+/// made of elements 2p and 2p+1 of the stream), computed in double, rounded once.
+void fill_normal(void* out, int64_t count, DType dtype, RandomKey key, uint64_t first = 0);
 
 }  // namespace perseid::kernels

@@ -12,6 +12,8 @@
 #include "kernels/checks.h"
 #include "kernels/math.h"
 #include "kernels/parallel.h"
+#include "kernels/router_groups.h"
+#include "kernels/router_scores.h"
 #include "kernels/router_select.h"
 #include "kernels/router_token.h"
 
@@ -32,30 +34,37 @@ struct RouteJob {
   RouterOutput output;
   const T* logits;
   T* weights;
+  T* score_shares;
   bool needs_softmax;  ///< of all experts, for a sum, the weights or the selection
-  bool needs_sigmoid;  ///< of all experts
+  bool needs_scores;   ///< other scores of all experts
 };
 
 /// Working memory of one thread. Rows are padded with -inf to whole lanes.
 template <typename T>
 struct Scratch {
-  explicit Scratch(const RouterShape& shape)
+  Scratch(const RouterShape& shape, const RouterOptions& options)
       : logits(padded(shape.num_experts)),
         keys(padded(shape.num_experts)),
         exps(padded(shape.num_experts)),
-        sigmoids(padded(shape.num_experts)),
+        scores(padded(shape.num_experts)),
         choice_logits(padded(shape.top_k)),
         choice_scores(padded(shape.top_k)),
         expert_idx(static_cast<size_t>(shape.top_k + 1)),
-        select(shape.num_experts, shape.top_k) {}
+        select(shape.num_experts, shape.top_k),
+        group_score_keys(padded(shape.num_experts)),
+        zero_bias(static_cast<size_t>(shape.num_experts), 0.0F),
+        groups(options.num_groups, options.topk_groups) {}
   LaneBuffer<T> logits;
   LaneBuffer<SignedKey<T>> keys;
   LaneBuffer<T> exps;
-  LaneBuffer<T> sigmoids;
+  LaneBuffer<T> scores;
   LaneBuffer<T> choice_logits;
   LaneBuffer<T> choice_scores;
   std::vector<int32_t> expert_idx;  ///< one more than K: a place for what is not chosen
   SelectScratch<SignedKey<T>> select;
+  LaneBuffer<SignedKey<T>> group_score_keys;
+  std::vector<float> zero_bias;
+  GroupScratch<T> groups;
   TokenRoute token;
 };
 
@@ -64,6 +73,7 @@ struct BlockSums {
   double* score_sum;  ///< [padded(E)]
   int64_t* tokens_per_expert;
   double lse_square_sum = 0;
+  double entropy_sum = 0;
   int64_t non_finite_tokens = 0;
 };
 
@@ -96,52 +106,6 @@ PERSEID_INLINE RowFacts<T> read_row(const T* logits, int64_t num_experts, Scratc
   return {max, max_magnitude >= kInfinityBits<T>, !has_nan && std::isfinite(max)};
 }
 
-/// e^(z - shift) of a padded row, and their sum.
-template <typename T>
-PERSEID_INLINE T exp_row(const T* z, T shift, int64_t count, T* exps) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t e = 0; e < count; ++e) {
-    exps[e] = exp_of(z[e] - shift);
-    sum += exps[e];
-  }
-  return sum;
-}
-
-template <typename T>
-PERSEID_INLINE void sigmoid_row(const T* z, int64_t count, T* sigmoids) {
-#pragma omp simd
-  for (int64_t e = 0; e < count; ++e) sigmoids[e] = sigmoid(z[e]);
-}
-
-/// Shares of softmax(log sigmoid(z)), not yet divided by their sum, which is returned. They are
-/// sigmoids, all scaled by e^c with c = max(0, -max z), so that rows of very negative logits
-/// neither underflow nor need a logarithm: e^c / (1 + e^-z) = 1 / (e^-c + e^-(z + c)).
-template <typename T>
-PERSEID_INLINE T sigmoid_shares(const T* z, T max, int64_t count, T* shares) {
-  const T c = max < T{0} ? -max : T{0};
-  const T floor = exp_of(-c);
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t e = 0; e < count; ++e) {
-    shares[e] = T{1} / (floor + exp_of(-(z[e] + c)));
-    sum += shares[e];
-  }
-  return sum;
-}
-
-/// Keys of score + bias; an expert whose logit is -inf stays last.
-template <typename T>
-PERSEID_INLINE void biased_keys(const T* z, const T* scores, T scale, const float* bias,
-                                int64_t num_experts, SignedKey<T>* keys) {
-  const SignedKey<T> masked = signed_key(-std::numeric_limits<T>::infinity());
-#pragma omp simd
-  for (int64_t e = 0; e < num_experts; ++e) {
-    const SignedKey<T> key = signed_key(scores[e] * scale + static_cast<T>(bias[e]));
-    keys[e] = z[e] >= std::numeric_limits<T>::lowest() ? key : masked;
-  }
-}
-
 /// Larger logits first, then smaller ids: the order of choices that a bias has selected.
 template <typename T>
 PERSEID_INLINE void sort_by_logit(const T* z, int64_t top_k, int32_t* expert_idx) {
@@ -172,9 +136,9 @@ PERSEID_INLINE void choice_weights(const RouteJob<T>& job, Scratch<T>& scratch, 
   T* const logits = scratch.choice_logits.data();
   T* const scores = scratch.choice_scores.data();
   T scale = static_cast<T>(job.options.route_scale);
-  if (job.options.score_function == ScoreFunction::kSigmoid) {
+  if (job.options.score_function != ScoreFunction::kSoftmax) {
     gather_choices(scratch.logits.data(), expert_idx, top_k, logits);
-    sigmoid_row(logits, count, scores);
+    score_row(job.options.score_function, logits, count, scores);
     if (job.options.normalize) {
       T sum = 0;
       for (int64_t k = 0; k < top_k; ++k) sum += scores[k];
@@ -203,12 +167,10 @@ void route_exception(const RouteJob<T>& job, int64_t t, Scratch<T>& scratch, Blo
   }
   for (int64_t e = 0; e < job.shape.num_experts; ++e) sums.score_sum[e] += token.score_shares[e];
   sums.lse_square_sum += token.lse * token.lse;
-}
-
-template <typename T>
-PERSEID_INLINE void add_shares(const T* shares, T scale, int64_t count, double* sum) {
-#pragma omp simd
-  for (int64_t e = 0; e < count; ++e) sum[e] += static_cast<double>(shares[e] * scale);
+  if (job.score_shares != nullptr) {
+    std::copy(token.score_shares.begin(), token.score_shares.end(),
+              job.score_shares + t * job.shape.num_experts);
+  }
 }
 
 template <typename T>
@@ -216,7 +178,10 @@ PERSEID_INLINE void route_row(const RouteJob<T>& job, int64_t t, Scratch<T>& scr
                               BlockSums& sums) {
   const int64_t num_experts = job.shape.num_experts;
   const int64_t count = scratch.logits.size();
-  const bool is_sigmoid = job.options.score_function == ScoreFunction::kSigmoid;
+  const ScoreFunction score_function = job.options.score_function;
+  const bool is_softmax = score_function == ScoreFunction::kSoftmax;
+  const bool has_bias = job.input.expert_bias != nullptr;
+  const bool has_groups = job.options.num_groups > 1;
   int32_t* const expert_idx = scratch.expert_idx.data();
   const T* const z = scratch.logits.data();
   const RowFacts<T> facts = read_row(job.logits + t * num_experts, num_experts, scratch);
@@ -225,16 +190,27 @@ PERSEID_INLINE void route_row(const RouteJob<T>& job, int64_t t, Scratch<T>& scr
 
   T exp_sum = 1;
   if (job.needs_softmax) exp_sum = exp_row(z, facts.max, count, scratch.exps.data());
-  if (job.needs_sigmoid) sigmoid_row(z, count, scratch.sigmoids.data());
-  if (job.input.expert_bias != nullptr) {
-    biased_keys(z, is_sigmoid ? scratch.sigmoids.data() : scratch.exps.data(),
-                is_sigmoid ? T{1} : T{1} / exp_sum, job.input.expert_bias, num_experts,
-                scratch.keys.data());
+  if (job.needs_scores) score_row(score_function, z, count, scratch.scores.data());
+  const T* const scores = is_softmax ? scratch.exps.data() : scratch.scores.data();
+  const T score_scale = is_softmax ? T{1} / exp_sum : T{1};
+  if (has_bias) {
+    biased_keys(z, scores, score_scale, job.input.expert_bias, num_experts, scratch.keys.data());
+  }
+  if (has_groups) {
+    const SignedKey<T>* score_keys = scratch.keys.data();
+    const bool is_sum_of_two = has_bias || !is_softmax;
+    if (is_sum_of_two && !has_bias) {
+      biased_keys(z, scores, score_scale, scratch.zero_bias.data(), num_experts,
+                  scratch.group_score_keys.data());
+      score_keys = scratch.group_score_keys.data();
+    }
+    mask_groups<T>(score_keys, num_experts, job.options.num_groups, job.options.topk_groups,
+                   is_sum_of_two, scratch.groups, scratch.keys.data());
   }
   select_top_k<T>(scratch.keys.data(), num_experts, job.shape.top_k, scratch.select, expert_idx);
-  if (job.input.expert_bias != nullptr) {
-    sort_by_logit(z, job.shape.top_k, expert_idx);
-    // Biases of -inf can leave only masked experts, whose softmax has no finite maximum.
+  if (has_bias) sort_by_logit(z, job.shape.top_k, expert_idx);
+  if (has_bias || has_groups) {
+    // Biases of -inf and groups can leave only masked experts: their softmax has no finite maximum.
     if (!std::isfinite(z[expert_idx[0]])) return route_exception(job, t, scratch, sums);
   }
   if (job.weights != nullptr) {
@@ -244,10 +220,14 @@ PERSEID_INLINE void route_row(const RouteJob<T>& job, int64_t t, Scratch<T>& scr
     const double lse = static_cast<double>(facts.max) + std::log(static_cast<double>(exp_sum));
     sums.lse_square_sum += lse * lse;
   }
-  if (job.output.score_sum != nullptr) {
-    T* const shares = is_sigmoid ? scratch.sigmoids.data() : scratch.exps.data();
-    const T sum = is_sigmoid ? sigmoid_shares(z, facts.max, count, shares) : exp_sum;
+  if (job.output.score_sum != nullptr || job.score_shares != nullptr) {
+    T* const shares = is_softmax ? scratch.exps.data() : scratch.scores.data();
+    const T sum = is_softmax ? exp_sum : share_row(score_function, z, facts.max, count, shares);
     add_shares(shares, T{1} / sum, count, sums.score_sum);
+    if (job.score_shares != nullptr) {
+      T* const out = job.score_shares + t * num_experts;
+      for (int64_t e = 0; e < num_experts; ++e) out[e] = shares[e] * (T{1} / sum);
+    }
   }
 }
 
@@ -259,14 +239,21 @@ PERSEID_SIMD_CLONES void route_block(const RouteJob<T>& job, int64_t begin, int6
     const bool is_valid = job.input.valid == nullptr || job.input.valid[t] != 0;
     if (is_valid) {
       route_row(job, t, scratch, sums);
-    } else if (job.weights != nullptr) {
-      std::fill_n(job.weights + t * top_k, top_k, T{0});
+    } else {
+      const int64_t num_experts = job.shape.num_experts;
+      if (job.weights != nullptr) std::fill_n(job.weights + t * top_k, top_k, T{0});
+      if (job.score_shares != nullptr) {
+        std::fill_n(job.score_shares + t * num_experts, num_experts, T{0});
+      }
     }
     for (int64_t k = 0; k < top_k; ++k) {
       const int32_t e = is_valid ? scratch.expert_idx[k] : -1;
       if (is_valid) ++sums.tokens_per_expert[e];
       if (job.output.expert_idx != nullptr) job.output.expert_idx[t * top_k + k] = e;
     }
+  }
+  if (job.output.entropy_sum != nullptr) {
+    sums.entropy_sum = entropy_of(job.weights + begin * top_k, (end - begin) * top_k);
   }
 }
 
@@ -280,7 +267,7 @@ void route_all(const RouteJob<T>& job) {
   std::vector<BlockSums> blocks(static_cast<size_t>(num_blocks));
   const int64_t grain = ceil_div(kLogitsPerThread, kTokensPerBlock * num_experts);
   parallel_for(0, num_blocks, grain, [&](int64_t block_begin, int64_t block_end) {
-    Scratch<T> scratch(job.shape);
+    Scratch<T> scratch(job.shape, job.options);
     for (int64_t block = block_begin; block < block_end; ++block) {
       BlockSums& sums = blocks[block];
       sums.score_sum = score_sums.data() + block * stride;
@@ -302,15 +289,17 @@ void route_all(const RouteJob<T>& job) {
       static_cast<T*>(output.score_sum)[e] = static_cast<T>(score_sum);
     if (output.tokens_per_expert != nullptr) output.tokens_per_expert[e] = tokens;
   }
-  double lse_square_sum = 0;
+  double lse_square_sum = 0, entropy_sum = 0;
   int64_t non_finite_tokens = 0;
   for (const BlockSums& sums : blocks) {
     lse_square_sum += sums.lse_square_sum;
+    entropy_sum += sums.entropy_sum;
     non_finite_tokens += sums.non_finite_tokens;
   }
   if (output.lse_square_sum != nullptr) {
     *static_cast<T*>(output.lse_square_sum) = static_cast<T>(lse_square_sum);
   }
+  if (output.entropy_sum != nullptr) *output.entropy_sum = entropy_sum;
   if (output.non_finite_tokens != nullptr) *output.non_finite_tokens = non_finite_tokens;
 }
 
@@ -330,12 +319,14 @@ void route(const RouterShape& shape, const RouterOptions& options, DType dtype,
                     output,
                     static_cast<const T*>(input.logits),
                     static_cast<T*>(output.weights),
+                    static_cast<T*>(output.score_shares),
                     false,
                     false};
     job.needs_softmax =
         output.lse_square_sum != nullptr ||
-        (is_softmax && (output.score_sum != nullptr || has_bias || !options.normalize));
-    job.needs_sigmoid = !is_softmax && has_bias;
+        (is_softmax && (output.score_sum != nullptr || output.score_shares != nullptr || has_bias ||
+                        !options.normalize));
+    job.needs_scores = !is_softmax && (has_bias || options.num_groups > 1);
     route_all(job);
   });
 }

@@ -8,6 +8,7 @@
 #include "kernels/math.h"
 #include "kernels/parallel.h"
 #include "kernels/router.h"
+#include "kernels/router_scores.h"
 #include "kernels/router_select.h"
 #include "kernels/router_token.h"
 
@@ -26,6 +27,7 @@ struct BackwardJob {
   const T* grad_weights;
   const T* grad_score_sum;
   const T* grad_lse_square_sum;
+  const T* grad_score_shares;
   T* grad_logits;
 };
 
@@ -35,10 +37,12 @@ struct Scratch {
   explicit Scratch(const RouterShape& shape)
       : exps(static_cast<size_t>(shape.num_experts)),
         terms(static_cast<size_t>(shape.num_experts)),
+        grad_shares(static_cast<size_t>(shape.num_experts)),
         choices(static_cast<size_t>(shape.top_k)) {}
   std::vector<T> exps;
-  std::vector<T> terms;    ///< gradients of the softmax, expert by expert
-  std::vector<T> choices;  ///< scores of the choices
+  std::vector<T> terms;        ///< gradients of the scores, expert by expert
+  std::vector<T> grad_shares;  ///< of the score sum and of the token's own shares
+  std::vector<T> choices;      ///< scores of the choices
 };
 
 /// No NaN and a finite maximum: no exception to the formulas.
@@ -79,24 +83,25 @@ PERSEID_INLINE void softmax_terms(const T* z, T max, const T* terms, T grad_lse,
   for (int64_t e = 0; e < count; ++e) grad_logits[e] = exps[e] * scale * (terms[e] + offset);
 }
 
-/// The score sum of sigmoid scores: q_e (g_e - sum of q g)(1 - s_e), q as in router.cpp.
+/// The shares of other scores: q_e (g_e - sum of q g) dlog s_e / dz_e, q as in router_scores.h.
 template <typename T>
-PERSEID_INLINE void add_sigmoid_share_terms(const T* z, T max, const T* grad, int64_t count,
-                                            T* shares, T* grad_logits) {
-  const T c = max < T{0} ? -max : T{0};
-  const T floor = exp_of(-c);
-  T sum = 0, mean = 0;
-#pragma omp simd reduction(+ : sum, mean)
-  for (int64_t e = 0; e < count; ++e) {
-    const T share = T{1} / (floor + exp_of(-(z[e] + c)));
-    shares[e] = share;
-    sum += share;
-    mean += share * grad[e];
-  }
+PERSEID_INLINE void add_share_terms(ScoreFunction score_function, const T* z, T max, const T* grad,
+                                    int64_t count, T* shares, T* grad_logits) {
+  const T sum = share_row(score_function, z, max, count, shares);
+  T mean = 0;
+#pragma omp simd reduction(+ : mean)
+  for (int64_t e = 0; e < count; ++e) mean += shares[e] * grad[e];
   mean /= sum;
+  if (score_function == ScoreFunction::kSigmoid) {
 #pragma omp simd
-  for (int64_t e = 0; e < count; ++e) {
-    grad_logits[e] += shares[e] / sum * (grad[e] - mean) * sigmoid(-z[e]);
+    for (int64_t e = 0; e < count; ++e) {
+      grad_logits[e] += shares[e] / sum * (grad[e] - mean) * sigmoid(-z[e]);
+    }
+  } else {
+#pragma omp simd
+    for (int64_t e = 0; e < count; ++e) {
+      grad_logits[e] += shares[e] / sum * (grad[e] - mean) * sqrt_softplus(z[e]).log_slope;
+    }
   }
 }
 
@@ -106,7 +111,8 @@ PERSEID_INLINE void add_choice_terms(const BackwardJob<T>& job, const T* z,
                                      const int32_t* expert_idx, const T* grad_weights, T* scores,
                                      T* grad_logits) {
   const int64_t num_experts = job.shape.num_experts, top_k = job.shape.top_k;
-  const bool is_sigmoid = job.options.score_function == ScoreFunction::kSigmoid;
+  const ScoreFunction score_function = job.options.score_function;
+  const bool is_softmax = score_function == ScoreFunction::kSoftmax;
   const T scale = static_cast<T>(job.options.route_scale);
   T max = -std::numeric_limits<T>::infinity();
   for (int64_t k = 0; k < top_k; ++k) {
@@ -114,12 +120,14 @@ PERSEID_INLINE void add_choice_terms(const BackwardJob<T>& job, const T* z,
     scores[k] = is_chosen ? z[expert_idx[k]] : -std::numeric_limits<T>::infinity();
     max = std::max(max, scores[k]);
   }
-  if (!is_sigmoid && !std::isfinite(max)) return;  // no choice, or only masked ones
+  if (is_softmax) {
+    if (!std::isfinite(max)) return;  // no choice, or only masked ones
 #pragma omp simd
-  for (int64_t k = 0; k < top_k; ++k) {
-    scores[k] = is_sigmoid ? sigmoid(scores[k]) : exp_of(scores[k] - max);
+    for (int64_t k = 0; k < top_k; ++k) scores[k] = exp_of(scores[k] - max);
+  } else {
+    score_row(score_function, scores, top_k, scores);
   }
-  T sum = is_sigmoid ? T{1e-20} : T{0};
+  T sum = is_softmax ? T{0} : T{1e-20};
   for (int64_t k = 0; k < top_k; ++k) sum += scores[k];
   T mean = 0;
   for (int64_t k = 0; k < top_k; ++k) {
@@ -130,7 +138,9 @@ PERSEID_INLINE void add_choice_terms(const BackwardJob<T>& job, const T* z,
     if (!is_expert(e, num_experts)) continue;
     T term = grad_weights[k];
     if (job.options.normalize) term = (term - mean) / sum;
-    const T slope = is_sigmoid ? scores[k] * sigmoid(-z[e]) : scores[k];
+    T slope = scores[k];
+    if (score_function == ScoreFunction::kSigmoid) slope *= sigmoid(-z[e]);
+    if (score_function == ScoreFunction::kSqrtSoftplus) slope = sqrt_softplus(z[e]).slope;
     grad_logits[e] += scale * term * slope;
   }
 }
@@ -145,18 +155,27 @@ PERSEID_INLINE void backward_row(const BackwardJob<T>& job, int64_t t, Scratch<T
       job.grad_weights == nullptr ? nullptr : job.expert_idx + t * top_k;
   const T* const grad_weights =
       job.grad_weights == nullptr ? nullptr : job.grad_weights + t * top_k;
+  const T* grad_shares = job.grad_score_sum;
+  if (job.grad_score_shares != nullptr) {
+    const T* const own = job.grad_score_shares + t * num_experts;
+    T* const sum = scratch.grad_shares.data();
+    for (int64_t e = 0; e < num_experts; ++e) {
+      sum[e] = own[e] + (grad_shares == nullptr ? T{0} : grad_shares[e]);
+    }
+    grad_shares = sum;
+  }
   T max;
   if (!is_plain(z, num_experts, max)) {
-    const TokenGrad<T> grad{expert_idx, grad_weights, job.grad_score_sum, job.grad_lse_square_sum};
+    const TokenGrad<T> grad{expert_idx, grad_weights, grad_shares, job.grad_lse_square_sum};
     return route_token_backward(job.shape, job.options, z, grad, grad_logits);
   }
 
   const bool is_all_weights = is_softmax && !job.options.normalize && grad_weights != nullptr;
-  const bool is_all_shares = is_softmax && job.grad_score_sum != nullptr;
+  const bool is_all_shares = is_softmax && grad_shares != nullptr;
   if (is_all_weights || is_all_shares || job.grad_lse_square_sum != nullptr) {
     T* const terms = scratch.terms.data();
     if (is_all_shares) {
-      std::copy_n(job.grad_score_sum, num_experts, terms);
+      std::copy_n(grad_shares, num_experts, terms);
     } else {
       std::fill_n(terms, num_experts, T{0});
     }
@@ -169,9 +188,9 @@ PERSEID_INLINE void backward_row(const BackwardJob<T>& job, int64_t t, Scratch<T
   } else {
     std::fill_n(grad_logits, num_experts, T{0});
   }
-  if (!is_softmax && job.grad_score_sum != nullptr) {
-    add_sigmoid_share_terms(z, max, job.grad_score_sum, num_experts, scratch.exps.data(),
-                            grad_logits);
+  if (!is_softmax && grad_shares != nullptr) {
+    add_share_terms(job.options.score_function, z, max, grad_shares, num_experts,
+                    scratch.exps.data(), grad_logits);
   }
   if (grad_weights != nullptr && !is_all_weights) {
     add_choice_terms(job, z, expert_idx, grad_weights, scratch.choices.data(), grad_logits);
@@ -212,6 +231,7 @@ void route_backward(const RouterShape& shape, const RouterOptions& options, DTyp
                              static_cast<const T*>(grad.grad_weights),
                              static_cast<const T*>(grad.grad_score_sum),
                              static_cast<const T*>(grad.grad_lse_square_sum),
+                             static_cast<const T*>(grad.grad_score_shares),
                              static_cast<T*>(grad_logits)};
     const int64_t grain = ceil_div(kLogitsPerThread, shape.num_experts);
     parallel_for(0, shape.num_tokens, grain, [&](int64_t begin, int64_t end) {

@@ -29,7 +29,7 @@ template <typename T>
 struct TokenGrad {
   const int32_t* expert_idx = nullptr;     ///< [K]
   const T* grad_weights = nullptr;         ///< [K]
-  const T* grad_score_sum = nullptr;       ///< [E]
+  const T* grad_score_sum = nullptr;       ///< [E] of this token's score shares
   const T* grad_lse_square_sum = nullptr;  ///< [1]
 };
 

@@ -8,10 +8,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <numeric>
 #include <vector>
 
 #include "kernels/error.h"
 #include "kernels/parallel.h"
+#include "kernels/random.h"
 #include "kernels/select.h"
 #include "kernels/sort.h"
 
@@ -42,26 +45,91 @@ struct Rows {
   const int32_t* expert_of;  // [A]
 };
 
-void keep_first(const Rows& rows, int64_t capacity, int64_t num_experts,
-                std::vector<uint8_t>& is_kept) {
-  std::vector<int32_t> choice(is_kept.size());
+/// Tokens in the order in which they may take places.
+std::vector<int32_t> token_order(const Rows& rows, const at::Tensor& weights,
+                                 const CapacityOptions& options, const DropContext& context) {
+  std::vector<int32_t> order(static_cast<size_t>(rows.num_tokens));
+  std::iota(order.begin(), order.end(), 0);
+  const auto sort_by = [&](const auto& comes_first) {
+    std::stable_sort(order.begin(), order.end(), comes_first);
+  };
+  if (options.drop_policy == DropPolicy::kBatchPriority) {
+    const at::Tensor values = weights.detach().to(at::kDouble).contiguous();
+    const double* weight = values.const_data_ptr<double>();
+    std::vector<double> largest(order.size(), -std::numeric_limits<double>::infinity());
+    for (size_t t = 0; t < order.size(); ++t) {
+      for (int32_t a = rows.offsets[t]; a < rows.offsets[t + 1]; ++a) {
+        if (weight[a] > largest[t]) largest[t] = weight[a];  // never a NaN
+      }
+    }
+    sort_by([&](int32_t a, int32_t b) {
+      return largest[static_cast<size_t>(a)] > largest[static_cast<size_t>(b)];
+    });
+  } else if (options.drop_policy == DropPolicy::kRandom && context.training) {
+    const kernels::RandomKey key = kernels::random_key(options.seed)
+                                       .with(static_cast<uint64_t>(context.step))
+                                       .with(static_cast<uint64_t>(context.layer_id));
+    const auto draw = [&](int32_t token) {
+      return kernels::random_bits(key, static_cast<uint64_t>(context.first_token + token));
+    };
+    sort_by([&](int32_t a, int32_t b) { return draw(a) < draw(b); });
+  }
+  return order;
+}
+
+/// Assignments by choice, then in the order of their tokens.
+std::vector<int32_t> by_choice(const Rows& rows, const std::vector<int32_t>& order) {
+  const auto count = static_cast<size_t>(rows.num_assignments);
+  std::vector<int32_t> listed, choice;
+  listed.reserve(count);
+  choice.reserve(count);
   int32_t num_choices = 0;
-  for (int64_t t = 0; t < rows.num_tokens; ++t) {
+  for (const int32_t t : order) {
     const int32_t begin = rows.offsets[t];
     for (int32_t a = begin; a < rows.offsets[t + 1]; ++a) {
-      choice[static_cast<size_t>(a)] = a - begin;
+      listed.push_back(a);
+      choice.push_back(a - begin);
       num_choices = std::max(num_choices, a - begin + 1);
     }
   }
-  // Stable, so equal choices stay in token order.
+  // Stable, so equal choices stay in the order of tokens.
   std::vector<int64_t> choice_offsets(static_cast<size_t>(num_choices) + 1);
-  std::vector<int32_t> by_choice(is_kept.size());
+  std::vector<int32_t> sorted(count);
   kernels::counting_sort(choice.data(), rows.num_assignments, num_choices, choice_offsets.data(),
-                         by_choice.data());
+                         sorted.data());
+  for (int32_t& place : sorted) place = listed[static_cast<size_t>(place)];
+  return sorted;
+}
+
+void keep_first(const Rows& rows, const std::vector<int32_t>& order, int64_t capacity,
+                int64_t num_experts, std::vector<uint8_t>& is_kept) {
   std::vector<int64_t> taken(static_cast<size_t>(num_experts), 0);
-  for (const int32_t a : by_choice) {
+  for (const int32_t a : by_choice(rows, order)) {
     is_kept[static_cast<size_t>(a)] = taken[static_cast<size_t>(rows.expert_of[a])]++ < capacity;
   }
+}
+
+/// Each token keeps the first choice that has room. Returns the tokens that found none.
+int64_t keep_one(const Rows& rows, const std::vector<int32_t>& order, int64_t capacity,
+                 int64_t num_experts, std::vector<uint8_t>& is_kept) {
+  std::vector<int64_t> taken(static_cast<size_t>(num_experts), 0);
+  std::vector<int32_t> token_of(is_kept.size());
+  std::vector<uint8_t> is_routed(static_cast<size_t>(rows.num_tokens), 0);
+  int64_t num_left = 0;
+  for (int64_t t = 0; t < rows.num_tokens; ++t) {
+    num_left += rows.offsets[t + 1] > rows.offsets[t];
+    std::fill(token_of.begin() + rows.offsets[t], token_of.begin() + rows.offsets[t + 1],
+              static_cast<int32_t>(t));
+  }
+  for (const int32_t a : by_choice(rows, order)) {
+    uint8_t& routed = is_routed[static_cast<size_t>(token_of[static_cast<size_t>(a)])];
+    int64_t& count = taken[static_cast<size_t>(rows.expert_of[a])];
+    if (routed != 0 || count >= capacity) continue;
+    is_kept[static_cast<size_t>(a)] = routed = 1;
+    ++count;
+    --num_left;
+  }
+  return num_left;
 }
 
 template <typename T>
@@ -123,15 +191,21 @@ int64_t expert_capacity(const CapacityOptions& options, int64_t num_tokens, int6
 }
 
 CappedRouting apply_capacity(const gates::Routing& routing, const CapacityOptions& options,
-                             int64_t num_tokens, int64_t top_k, int64_t num_experts) {
+                             int64_t num_tokens, int64_t top_k, int64_t num_experts,
+                             const DropContext& context) {
   validate(options, "apply_capacity");
+  const bool is_one = options.drop_policy == DropPolicy::kNoTokenLeftBehind;
+  require(!is_one || options.capacity_factor > 0, "apply_capacity", "capacity_factor",
+          options.capacity_factor,
+          "leaves drop_policy=no_token_left_behind without a limit; choose one above 0");
   if (options.capacity_factor <= 0) return CappedRouting{routing, 0};
-  const int64_t capacity = expert_capacity(options, num_tokens, top_k, num_experts);
-  return drop_over_capacity(routing, capacity, options, num_experts);
+  const int64_t capacity = expert_capacity(options, num_tokens, is_one ? 1 : top_k, num_experts);
+  return drop_over_capacity(routing, capacity, options, num_experts, context);
 }
 
 CappedRouting drop_over_capacity(const gates::Routing& routing, int64_t capacity,
-                                 const CapacityOptions& options, int64_t num_experts) {
+                                 const CapacityOptions& options, int64_t num_experts,
+                                 const DropContext& context) {
   constexpr const char* kOperation = "drop_over_capacity";
   validate(options, kOperation);
   require(capacity >= 0, kOperation, "capacity", capacity, "must be at least 0");
@@ -146,11 +220,18 @@ CappedRouting drop_over_capacity(const gates::Routing& routing, int64_t capacity
           "lie outside [0, " + to_text(num_experts) + ")");
   int64_t num_kept = 0;
   for (size_t e = 1; e < first.size(); ++e) num_kept += std::min(capacity, first[e] - first[e - 1]);
-  if (num_kept == num_assignments) return CappedRouting{routing, 0};
+  const bool is_one = options.drop_policy == DropPolicy::kNoTokenLeftBehind;
+  if (num_kept == num_assignments && !is_one) return CappedRouting{routing, 0};
 
   std::vector<uint8_t> is_kept(static_cast<size_t>(num_assignments));
-  if (options.drop_policy == DropPolicy::kPosition) {
-    keep_first(rows, capacity, num_experts, is_kept);
+  int64_t num_dropped = num_assignments - num_kept;
+  if (is_one) {
+    num_dropped = keep_one(rows, token_order(rows, routing.weights, options, context), capacity,
+                           num_experts, is_kept);
+    num_kept = std::count(is_kept.begin(), is_kept.end(), uint8_t{1});
+  } else if (options.drop_policy != DropPolicy::kProbability) {
+    keep_first(rows, token_order(rows, routing.weights, options, context), capacity, num_experts,
+               is_kept);
   } else if (routing.weights.scalar_type() == at::kDouble) {
     keep_largest<double>(rows, routing.weights, capacity, num_experts, is_kept);
   } else {
@@ -185,7 +266,7 @@ CappedRouting drop_over_capacity(const gates::Routing& routing, int64_t capacity
   }
 
   CappedRouting capped;
-  capped.num_dropped = num_assignments - num_kept;
+  capped.num_dropped = num_dropped;
   capped.routing.num_tokens = rows.num_tokens;
   capped.routing.token_offsets = offsets;
   capped.routing.expert_idx = rows.expert_tensor.index_select(0, kept);

@@ -246,8 +246,10 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
               "d_out", experts_->d_out(),
               "differs from d_in=" + std::to_string(experts_->d_in()) +
                   ", but this gate adds the token to the output");
-      CappedRouting capped = apply_capacity(out.routing, options_.capacity, out.stats.num_tokens,
-                                            gate->top_k(), placement_.num_experts());
+      CappedRouting capped =
+          apply_capacity(out.routing, options_.capacity, out.stats.num_tokens, gate->top_k(),
+                         placement_.num_experts(),
+                         {input.training, input.step, options_.layer_id, input.first_token});
       stats.num_dropped += capped.num_dropped;
       non_finite += out.stats.non_finite_tokens;
       routings.push_back(std::move(capped.routing));

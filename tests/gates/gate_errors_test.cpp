@@ -66,6 +66,24 @@ TEST(GateErrors, Options) {
       option([](auto& o) { o.z_loss_coeff(INFINITY); },
              "[top_k_gate] z_loss_coeff=inf is not a finite number from 0 on; choose 0 to switch "
              "the loss off"),
+      option([](auto& o) { o.balance_coeff(-2); },
+             "[top_k_gate] balance_coeff=-2 is not a finite number from 0 on; choose 0 to switch "
+             "the loss off"),
+      option(
+          [](auto& o) { o.bias_update_rate(NAN); },
+          "[top_k_gate] bias_update_rate=nan is not a finite number from 0 on; choose 0 to route "
+          "without expert_bias"),
+      option([](auto& o) { o.jitter_eps(1); },
+             "[top_k_gate] jitter_eps=1 is outside [0, 1); choose 0 to switch jitter off"),
+      option([](auto& o) { o.num_groups(3); },
+             "[top_k_gate] num_groups=3 does not divide num_experts=8 into equal groups"),
+      option([](auto& o) { o.num_groups(4).topk_groups(5); },
+             "[top_k_gate] topk_groups=5 is outside [1, num_groups=4]"),
+      option([](auto& o) { o.top_k(5).num_groups(4).topk_groups(2); },
+             "[top_k_gate] top_k=5 exceeds the 4 experts of topk_groups=2 groups; use more groups"),
+      option([](auto& o) { o.num_groups(8).topk_groups(2).bias_update_rate(1e-3); },
+             "[top_k_gate] num_groups=8 leaves 1 expert in a group, but the two best rank it; "
+             "choose at most 4"),
   });
 }
 
@@ -112,6 +130,25 @@ TEST(GateErrors, Input) {
          gate.forward(input_of(at::zeros({3, 4}, at::kMeta)));
        },
        "[top_k_gate] device=meta has no router kernel; move the gate and its input to the CPU"},
+  });
+}
+
+TEST(GateErrors, TopKState) {
+  expect_errors({
+      {[] {
+         TopKGate(TopKGateOptions(4, 8).aux_scope(gates::AuxScope::kSequence))
+             .forward(input_of(at::zeros({3, 4})));
+       },
+       "[top_k_gate] sequence=none is needed with aux_scope=sequence; give the int64 sequence "
+       "number of each token"},
+      {[] { TopKGate(TopKGateOptions(4, 8).bias_update_rate(1)).after_step({}); },
+       "[top_k_gate] tokens_per_expert=undefined is not [num_experts=8]; pass statistics of this "
+       "gate"},
+      {[] {
+         gates::sequence_balance_loss(at::zeros({2, 4}), at::zeros({2, 1}, at::kInt),
+                                      at::zeros({2}, at::kLong), 1, true, -1);
+       },
+       "[sequence_balance_loss] tokens_global=-1 is negative"},
   });
 }
 

@@ -26,6 +26,9 @@ using gates::TopKGate;
 using gates::TopKGateOptions;
 using kernels::ScoreFunction;
 
+inline constexpr ScoreFunction kScoreFunctions[] = {
+    ScoreFunction::kSoftmax, ScoreFunction::kSigmoid, ScoreFunction::kSqrtSoftplus};
+
 inline Tensor vector_of(const std::vector<double>& values) {
   return at::tensor(values, at::kDouble);
 }
@@ -77,12 +80,15 @@ inline ReferenceRouter reference_router(const Tensor& logits, const TopKGateOpti
                          (options.normalization() == Normalization::kAuto && options.top_k() > 1);
   const Tensor order = std::get<1>(at::sort(logits.detach(), /*stable=*/true, 1, true));
   const Tensor selected = at::zeros_like(logits).scatter(1, order.slice(1, 0, options.top_k()), 1);
-  const Tensor scores = softmax ? logits.softmax(1) : logits.sigmoid();
+  const Tensor scores = softmax ? logits.softmax(1)
+                        : options.score_function() == ScoreFunction::kSigmoid
+                            ? logits.sigmoid()
+                            : at::softplus(logits).sqrt();
   ReferenceRouter result;
   result.weights = scores * selected;
   if (normalize) result.weights = result.weights / result.weights.sum(1, /*keepdim=*/true);
   result.weights = result.weights * options.route_scale();
-  result.score_sum = (softmax ? scores : at::log_sigmoid(logits).softmax(1)).sum(0);
+  result.score_sum = (scores / scores.sum(1, /*keepdim=*/true)).sum(0);
   result.lse_square_sum = logits.logsumexp(1).square().sum();
   return result;
 }

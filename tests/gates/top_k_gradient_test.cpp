@@ -27,7 +27,7 @@ TEST(TopKGradient, CentralDifferences) {
   for (const int64_t E : {1, 5, 8}) {
     for (int64_t K = 1; K <= E; ++K) {
       for (const int64_t T : {0, 1, 37}) {
-        for (const auto score : {ScoreFunction::kSoftmax, ScoreFunction::kSigmoid}) {
+        for (const auto score : kScoreFunctions) {
           for (const auto normalization : {Normalization::kSelected, Normalization::kAll}) {
             TopKGateOptions options = TopKGateOptions(D, E).top_k(K).bias(true).route_scale(1.5);
             options.score_function(score).normalization(normalization);
@@ -49,7 +49,7 @@ TEST(TopKGradient, CentralDifferences) {
 // Each output alone, so that a missing term of one loss is not hidden by another's size.
 TEST(TopKGradient, EachLossAlone) {
   const Tensor tokens = random_tensor({37, 3}, 1, -2, 2);
-  for (const auto score : {ScoreFunction::kSoftmax, ScoreFunction::kSigmoid}) {
+  for (const auto score : kScoreFunctions) {
     for (const bool aux : {false, true}) {
       TopKGateOptions options = TopKGateOptions(3, 5).top_k(2).bias(true).score_function(score);
       options.aux_loss_coeff(aux ? .7 : 0).z_loss_coeff(aux ? 0 : .3);
@@ -106,7 +106,7 @@ TEST(TopKGradient, OneExpert) {
     (weights * random_tensor({37}, 2)).sum().backward();
     return gate->weight.grad().abs().max().item<double>();
   };
-  for (const auto score : {ScoreFunction::kSoftmax, ScoreFunction::kSigmoid}) {
+  for (const auto score : kScoreFunctions) {
     EXPECT_GT(gradient(score, Normalization::kAuto), 1e-3);
     EXPECT_GT(gradient(score, Normalization::kAll), 1e-3);
     EXPECT_EQ(gradient(score, Normalization::kSelected), 0);

@@ -55,5 +55,35 @@ TEST(Math, Sigmoid) {
   EXPECT_EQ(sigmoid(kInf), 1.0f);
 }
 
+TEST(Math, Logarithm) {
+  for (double x = 1e-37; x < 1e38; x *= 1.00137) {
+    const double expected = std::log(static_cast<double>(static_cast<float>(x)));
+    ASSERT_NEAR(log_of(static_cast<float>(x)), expected, 3e-7 * std::abs(expected)) << x;
+  }
+  for (double x = 0.9; x < 1.1; x += 1.3e-5) {
+    const double expected = std::log(static_cast<double>(static_cast<float>(x)));
+    ASSERT_NEAR(log_of(static_cast<float>(x)), expected, 3e-7 * std::abs(expected)) << x;
+  }
+  EXPECT_EQ(log_of(1.0f), 0.0f);
+}
+
+TEST(Math, SqrtSoftplus) {
+  for (double z = -170.0; z < 90.0; z += 0.0171) {
+    const auto x = static_cast<double>(static_cast<float>(z));
+    const double softplus = x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
+    const double s = std::sqrt(softplus), slope = 1 / (1 + std::exp(-x)) / (2 * s);
+    const auto at = sqrt_softplus(static_cast<float>(z));
+    const auto exact = sqrt_softplus(x);
+    ASSERT_NEAR(at.score, s, 6e-7 * s) << z;
+    ASSERT_NEAR(at.slope, slope, 1e-6 * slope) << z;
+    ASSERT_NEAR(at.log_slope, slope / s, 1e-6 * slope / s) << z;
+    ASSERT_NEAR(exact.score, s, 1e-15 * s) << z;
+    ASSERT_NEAR(exact.slope, slope, 1e-15 * slope) << z;
+    ASSERT_NEAR(exact.log_slope, slope / s, 1e-15 * slope / s) << z;
+  }
+  EXPECT_EQ(sqrt_softplus(-kInf).score, 0.0f);
+  EXPECT_EQ(sqrt_softplus(kInf).score, kInf);
+}
+
 }  // namespace
 }  // namespace perseid::kernels::testing

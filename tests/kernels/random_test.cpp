@@ -105,5 +105,32 @@ TEST(Random, WrongArguments) {
             "[fill_uniform] count=-1 is negative; choose 0 or more");
 }
 
+TEST(Random, Normal) {
+  const RandomKey key = random_key(3);
+  const int64_t count = 100000;
+  std::vector<double> values(count);
+  fill_normal(values.data(), count, DType::kFloat64, key);
+  double sum = 0, square = 0, fourth = 0;
+  for (const double x : values) sum += x, square += x * x, fourth += x * x * x * x;
+  EXPECT_NEAR(sum / double(count), 0, 5 / std::sqrt(double(count)));
+  EXPECT_NEAR(square / double(count), 1, 5 * std::sqrt(2. / double(count)));
+  EXPECT_NEAR(fourth / double(count), 3, 5 * std::sqrt(96. / double(count)));
+  // Element i has its own numbers: a part of the stream can be drawn alone.
+  for (const int64_t first : {500, 501}) {
+    for (const int64_t size : {0, 1, 10, 11}) {
+      std::vector<double> part(static_cast<size_t>(size));
+      fill_normal(part.data(), size, DType::kFloat64, key, static_cast<uint64_t>(first));
+      EXPECT_EQ(part, std::vector<double>(values.begin() + first, values.begin() + first + size));
+    }
+  }
+  double neighbours = 0;
+  for (int64_t i = 0; i + 1 < count; ++i) neighbours += values[i] * values[i + 1];
+  EXPECT_NEAR(neighbours / double(count), 0, 5 / std::sqrt(double(count)));
+  std::vector<double> uniform(20), uniform_part(5);
+  fill_uniform(uniform.data(), 20, DType::kFloat64, 1, 2, key);
+  fill_uniform(uniform_part.data(), 5, DType::kFloat64, 1, 2, skip(key, 7));
+  EXPECT_EQ(uniform_part, std::vector<double>(uniform.begin() + 7, uniform.begin() + 12));
+}
+
 }  // namespace
 }  // namespace perseid::kernels::testing

@@ -45,6 +45,19 @@ TYPED_TEST(RouterTyped, GoldenValues) {
     at.options = {ScoreFunction::kSigmoid, false, 2.5};
     routed = at.route(is_reference);
     EXPECT_NEAR(routed.weights[0], 2.5 / (1 + std::exp(-2.0)), 3 * near);
+
+    at.options = {ScoreFunction::kSqrtSoftplus, true, 1.0};
+    routed = at.route(is_reference);
+    const double s1 = std::sqrt(std::log1p(std::exp(2.0)));
+    const double s0 = std::sqrt(std::log1p(std::exp(1.0)));
+    EXPECT_NEAR(routed.weights[0], s1 / (s0 + s1), near);
+    EXPECT_NEAR(routed.weights[1], s0 / (s0 + s1), near);
+    EXPECT_NEAR(routed.entropy_sum[0],
+                -routed.weights[0] * std::log(routed.weights[0]) -
+                    routed.weights[1] * std::log(routed.weights[1]),
+                4 * near);
+    at.options.normalize = false;
+    EXPECT_NEAR(at.route(is_reference).weights[0], s1, 2 * near);
   }
 }
 
@@ -74,6 +87,12 @@ void expect_reference(const RouterCase<T>& at) {
   expect_close(actual.lse_square_sum, expected.lse_square_sum, relative, at.name() + " lse");
   EXPECT_EQ(actual.tokens_per_expert, expected.tokens_per_expert) << at.name();
   EXPECT_EQ(actual.non_finite_tokens, expected.non_finite_tokens) << at.name();
+  expect_close(actual.score_shares, expected.score_shares, relative, at.name() + " shares");
+  // Terms of both signs may cancel: the error is that of the weights.
+  EXPECT_NEAR(actual.entropy_sum[0], expected.entropy_sum[0],
+              relative * static_cast<double>(at.shape.num_tokens * at.shape.top_k) +
+                  4 * relative * std::abs(expected.entropy_sum[0]))
+      << at.name();
 }
 
 TYPED_TEST(RouterTyped, EqualsReference) {
@@ -101,7 +120,7 @@ TYPED_TEST(RouterTyped, Ties) {
         for (int64_t i = 0; i < 37 * num_experts; ++i) {
           at.logits.push_back(values[bits() % kinds + (kinds == 2 ? 1 : 0)]);
         }
-        for (const auto score : {ScoreFunction::kSoftmax, ScoreFunction::kSigmoid}) {
+        for (const auto score : kScoreFunctions) {
           at.options.score_function = score;
           at.bias.clear();
           expect_reference(at);
@@ -158,7 +177,7 @@ TYPED_TEST(RouterTyped, OddBiases) {
   RouterCase<T> at;
   at.shape = {48, 6, 3};
   at.logits = odd_logits<T>(48, 6);
-  for (const auto score : {ScoreFunction::kSoftmax, ScoreFunction::kSigmoid}) {
+  for (const auto score : kScoreFunctions) {
     for (const bool normalize : {true, false}) {
       at.options = {score, normalize, 1.0};
       for (const auto& bias : {std::vector<float>(6, -inf), {0, inf, 0, nan, -inf, 1}}) {
@@ -240,6 +259,19 @@ TEST(Router, WrongArguments) {
             "[route] route_scale=nan is not a positive number; choose a finite one above 0");
   EXPECT_EQ(text({0, 8, 2}, {}, DType::kBFloat16),
             "[route] dtype=bf16 is not supported; choose fp32 or fp64");
+  const auto groups = [](int64_t num_groups, int64_t topk_groups, ScoreFunction score) {
+    return RouterOptions{score, true, 1.0, num_groups, topk_groups};
+  };
+  EXPECT_EQ(text({0, 8, 2}, groups(3, 1, ScoreFunction::kSoftmax)),
+            "[route] num_groups=3 does not divide num_experts=8");
+  EXPECT_EQ(text({0, 8, 2}, groups(4, 5, ScoreFunction::kSoftmax)),
+            "[route] topk_groups=5 is outside [1, num_groups=4]");
+  EXPECT_EQ(text({0, 8, 5}, groups(4, 2, ScoreFunction::kSoftmax)),
+            "[route] top_k=5 exceeds the 4 experts of topk_groups=2 groups; use more groups");
+  EXPECT_EQ(text({0, 8, 1}, groups(8, 2, ScoreFunction::kSigmoid)),
+            "[route] num_groups=8 leaves 1 expert in a group, but the two best rank it; choose at "
+            "most 4");
+  EXPECT_EQ(text({0, 8, 1}, groups(8, 2, ScoreFunction::kSoftmax)), "no ConfigError");
   EXPECT_EQ(text({3, 8, 2}), "[route] logits=null but 24 elements are needed; pass a buffer");
 }
 
