@@ -1,15 +1,12 @@
 #include "gates/linear_router.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
-
+#include "gates/block_product.h"
+#include "gates/kernel_types.h"
 #include "kernels/error.h"
 
 namespace perseid::gates {
@@ -19,42 +16,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr int64_t kRowsPerBlock = 256;
-constexpr int64_t kColumnsPerBlock = 64;
-
-kernels::DType kernel_type(at::ScalarType type) {
-  return type == at::kDouble ? kernels::DType::kFloat64 : kernels::DType::kFloat32;
-}
-
-/// Throws for devices without a kernel.
-kernels::Stream stream_of(const Tensor& tensor) {
-  require(tensor.device().is_cpu(), "top_k_gate", "device", tensor.device(),
-          "has no router kernel; move the gate and its input to the CPU");
-  return {};
-}
-
-/// a b in blocks of rows (dim 0) or columns (dim 1). Bits of a BLAS product may depend on its
-/// number of threads. In an OpenMP region each call runs on one thread, so blocks of fixed size do
-/// not.
-Tensor multiply(const Tensor& a, const Tensor& b, int64_t dim) {
-  Tensor product = at::empty({a.size(0), b.size(1)}, a.options());
-  const int64_t size = product.size(dim);
-  const int64_t block = dim == 0 ? kRowsPerBlock : kColumnsPerBlock;
-  const int64_t num_blocks = (size + block - 1) / block;
-  // At least two tasks, one of them perhaps idle: a single one would not open a region.
-  at::parallel_for(0, std::max<int64_t>(num_blocks, 2), 1, [&](int64_t begin, int64_t end) {
-    const at::AutoDispatchBelowADInplaceOrView no_graph;
-    for (int64_t i = begin; i < std::min(end, num_blocks); ++i) {
-      const int64_t start = i * block;
-      const int64_t length = std::min(block, size - start);
-      Tensor part = product.narrow(dim, start, length);
-      at::mm_out(part, dim == 0 ? a.narrow(0, start, length) : a,
-                 dim == 0 ? b : b.narrow(1, start, length));
-    }
-  });
-  return product;
-}
-
 /// Tensors of one call in the compute type.
 struct Operands {
   Tensor features, weight, logits;
@@ -63,13 +24,9 @@ struct Operands {
 Operands form_logits(const Tensor& features, const Tensor& weight, const Tensor& bias) {
   const at::ScalarType type = router_compute_type(weight);
   Operands operands{features.to(type).contiguous(), weight.to(type), {}};
-  operands.logits = multiply(operands.features, operands.weight.t(), 0);
+  operands.logits = multiply_in_blocks(operands.features, operands.weight.t(), 0);
   if (bias.defined()) operands.logits.add_(bias.to(type));
   return operands;
-}
-
-const void* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
 // An autograd function takes no undefined tensor: what is absent travels as an empty one.
@@ -77,11 +34,6 @@ Tensor or_empty(const Tensor& tensor) {
   return tensor.defined() ? tensor : at::empty({0}, at::kFloat);
 }
 Tensor or_undefined(const Tensor& tensor) { return tensor.numel() > 0 ? tensor : Tensor(); }
-
-/// A gradient in the compute type and without gaps; undefined stays undefined.
-Tensor dense_gradient(const Tensor& gradient, at::ScalarType type) {
-  return gradient.defined() ? gradient.to(type).contiguous() : gradient;
-}
 
 kernels::RouterInput kernel_input(const Tensor& logits, const Tensor& valid) {
   kernels::RouterInput input;
@@ -97,7 +49,7 @@ struct LinearRouter : torch::autograd::Function<LinearRouter> {
                                const Tensor& bias_in, const Tensor& valid_in,
                                const LinearRouterOptions& options) {
     const Tensor bias = or_undefined(bias_in), valid = or_undefined(valid_in);
-    const kernels::Stream stream = stream_of(features);
+    const kernels::Stream stream = stream_of(features, "top_k_gate");
     const Operands operands = form_logits(features, weight, bias);
     const kernels::RouterShape shape{features.size(0), weight.size(0), options.top_k};
     const at::TensorOptions real = operands.logits.options();
@@ -163,23 +115,23 @@ struct LinearRouter : torch::autograd::Function<LinearRouter> {
     const Tensor grad_logits = at::empty({num_tokens, num_experts}, operands.logits.options());
     kernels::route_backward({num_tokens, num_experts, top_k}, scores, kernel_type(type),
                             kernel_input(operands.logits, valid), grad,
-                            grad_logits.mutable_data_ptr(), stream_of(grad_logits));
+                            grad_logits.mutable_data_ptr(), stream_of(grad_logits, "top_k_gate"));
 
     // Gradients in the order of the inputs of forward, in their types.
     variable_list results(5);
     if (ctx->needs_input_grad(0)) {
-      results[0] = multiply(grad_logits, operands.weight, 0).to(saved[0].scalar_type());
+      results[0] = multiply_in_blocks(grad_logits, operands.weight, 0).to(saved[0].scalar_type());
     }
     if (ctx->needs_input_grad(1)) {
       // Tokens that are not valid may hold anything, and 0 * NaN is not 0.
       const Tensor features =
           valid.defined() ? operands.features.masked_fill(valid.logical_not().unsqueeze(1), 0)
                           : operands.features;
-      results[1] = multiply(grad_logits.t(), features, 1).to(saved[1].scalar_type());
+      results[1] = multiply_in_blocks(grad_logits.t(), features, 1).to(saved[1].scalar_type());
     }
     if (bias.defined() && ctx->needs_input_grad(2)) {
       const Tensor ones = at::ones({1, num_tokens}, grad_logits.options());
-      results[2] = multiply(ones, grad_logits, 1).reshape({-1}).to(bias.scalar_type());
+      results[2] = multiply_in_blocks(ones, grad_logits, 1).reshape({-1}).to(bias.scalar_type());
     }
     return results;
   }
