@@ -36,7 +36,7 @@ Operands read_operands(const Tensor& features, const Tensor& weight) {
 }
 
 Operands form_logits(const Tensor& features, const Tensor& weight, const Tensor& bias) {
-  const kernels::Stream stream = stream_of(features);
+  const kernels::Stream stream = stream_of(features, "top_k_gate");
   Operands operands = read_operands(features, weight);
   operands.logits = at::empty({features.size(0), weight.size(0)}, operands.weight.options());
   const Tensor offset =
@@ -99,7 +99,7 @@ variable_list linear_backward(AutogradContext& ctx, const variable_list& saved,
       operands.shape, operands.dtype, operands.features_dtype, operands.features.const_data_ptr(),
       operands.weight.const_data_ptr(), static_cast<const uint8_t*>(data_or_null(valid)),
       grad_logits.contiguous().const_data_ptr(), target(0), target(1), target(2),
-      stream_of(grad_logits));
+      stream_of(grad_logits, "top_k_gate"));
   for (size_t i = 0; i < 3; ++i) {
     if (results[i].defined()) results[i] = results[i].to(saved[i].scalar_type());
   }

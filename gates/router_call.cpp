@@ -19,26 +19,7 @@ kernels::RouterInput kernel_input(const Tensor& logits, const Tensor& valid,
   return input;
 }
 
-/// A gradient in the compute type and without gaps; undefined stays undefined.
-Tensor dense_gradient(const Tensor& gradient, at::ScalarType type) {
-  return gradient.defined() ? gradient.to(type).contiguous() : gradient;
-}
-
 }  // namespace
-
-kernels::DType kernel_type(at::ScalarType type) {
-  return type == at::kDouble ? kernels::DType::kFloat64 : kernels::DType::kFloat32;
-}
-
-const void* data_or_null(const Tensor& tensor) {
-  return tensor.defined() ? tensor.const_data_ptr() : nullptr;
-}
-
-kernels::Stream stream_of(const Tensor& tensor) {
-  require(tensor.device().is_cpu(), "top_k_gate", "device", tensor.device(),
-          "has no router kernel; move the gate and its input to the CPU");
-  return {};
-}
 
 Tensor or_empty(const Tensor& tensor) {
   return tensor.defined() ? tensor : at::empty({0}, at::kFloat);
@@ -47,7 +28,7 @@ Tensor or_undefined(const Tensor& tensor) { return tensor.numel() > 0 ? tensor :
 
 std::vector<Tensor> route_logits(const Tensor& logits, const Tensor& valid,
                                  const Tensor& expert_bias, const LinearRouterOptions& options) {
-  const kernels::Stream stream = stream_of(logits);
+  const kernels::Stream stream = stream_of(logits, "top_k_gate");
   const kernels::RouterShape shape{logits.size(0), logits.size(1), options.top_k};
   const at::TensorOptions real = logits.options();
   const int64_t num_slots = shape.num_tokens * shape.top_k;
@@ -93,7 +74,7 @@ Tensor route_logits_backward(const Tensor& logits, const Tensor& valid, const Te
   const Tensor grad_logits = at::empty_like(logits);
   kernels::route_backward({logits.size(0), logits.size(1), options.top_k}, scores,
                           kernel_type(type), kernel_input(logits, valid, {}), grad,
-                          grad_logits.mutable_data_ptr(), stream_of(grad_logits));
+                          grad_logits.mutable_data_ptr(), stream_of(grad_logits, "top_k_gate"));
   return grad_logits;
 }
 

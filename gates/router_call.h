@@ -4,17 +4,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "gates/kernel_types.h"
 #include "gates/linear_router.h"
 
 // Internal: kernels::route on tensors, without a graph.
 
 namespace perseid::gates {
-
-/// Float64 for float64, else float32: the types of the arithmetic.
-kernels::DType kernel_type(at::ScalarType type);
-const void* data_or_null(const at::Tensor& tensor);
-/// Throws for devices without a kernel.
-kernels::Stream stream_of(const at::Tensor& tensor);
 
 // An autograd function takes no undefined tensor: what is absent travels as an empty one.
 at::Tensor or_empty(const at::Tensor& tensor);

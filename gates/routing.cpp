@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "gates/describe.h"
+#include "gates/ragged_table.h"
 #include "kernels/error.h"
 
 namespace perseid::gates {
@@ -94,19 +95,13 @@ Routing routing_from_table(const Tensor& expert_idx, const Tensor& weights, int6
 Routing routing_from_dense(const Tensor& weights) {
   require(weights.defined() && weights.dim() == 2 && weights.is_floating_point(),
           "routing_from_dense", "weights", describe(weights), "is not a floating [T, E] table");
-  const Tensor experts =
-      std::get<1>(at::sort(sort_key(weights), /*stable=*/true, /*dim=*/1, /*descending=*/true));
-  const Tensor values = weights.detach().gather(1, experts);
-  const Tensor kept = values.gt(0).logical_or_(values.isnan());
-  // Positions of the kept pairs in the table, in the order of tokens and choices.
-  const Tensor rows = at::arange(weights.size(0), experts.options()).mul_(weights.size(1));
-  const Tensor position = experts.add(rows.unsqueeze(1)).masked_select(kept);
-
+  const Tensor table = as_gate_weights(weights);
+  const RaggedTable rows = ragged_of(table.detach(), /*with_positions=*/true);
   Routing routing;
   routing.num_tokens = weights.size(0);
-  routing.token_offsets = offsets_of(kept.sum(1));
-  routing.expert_idx = experts.masked_select(kept).to(at::kInt);
-  routing.weights = as_gate_weights(weights).reshape({-1}).index_select(0, position);
+  routing.token_offsets = rows.token_offsets;
+  routing.expert_idx = rows.expert_idx;
+  routing.weights = table.reshape({-1}).index_select(0, rows.positions);
   return routing;
 }
 

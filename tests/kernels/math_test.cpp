@@ -29,6 +29,21 @@ TEST(Math, ExpSaturates) {
   EXPECT_TRUE(std::isnan(exp_of(std::numeric_limits<float>::quiet_NaN())));
 }
 
+TEST(Math, LogWithinThreeUnits) {
+  double worst = 0;
+  for (double exponent = -126; exponent < 127.9; exponent += 0.00137) {
+    const auto x = static_cast<float>(std::exp2(exponent));
+    const double expected = std::log(static_cast<double>(x));
+    worst = std::max(worst, std::abs(static_cast<double>(log_of(x)) / expected - 1.0));
+  }
+  EXPECT_LE(worst, 3.0 * 0x1p-23);
+  for (float x = 0.7f; x < 1.45f; x += 1.1e-4f) {  // around the zero
+    const double expected = std::log(static_cast<double>(x));
+    EXPECT_NEAR(log_of(x), expected, 3.0 * 0x1p-23 * std::abs(expected)) << x;
+  }
+  EXPECT_EQ(log_of(1.0f), 0.0f);
+}
+
 TEST(Math, NormalDistribution) {
   for (double x = -12.0; x < 12.0; x += 0.00173) {
     const auto at = normal(static_cast<float>(x));

@@ -1,0 +1,57 @@
+#include "gates/smooth_step_gate.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+
+namespace perseid::gates {
+
+using at::Tensor;
+
+Tensor uniform_tensor(at::IntArrayRef sizes, double bound, kernels::RandomKey key) {
+  Tensor values = at::empty(sizes, at::kFloat);
+  kernels::fill_uniform(values.mutable_data_ptr(), values.numel(), kernels::DType::kFloat32, -bound,
+                        bound, key);
+  return values;
+}
+
+Tensor smooth_step_features(const GateInput& input, InputNorm norm, at::ScalarType type) {
+  Tensor tokens = input.tokens;
+  if (input.valid.has_value() && !input.valid->all().item<bool>()) {
+    tokens = tokens.masked_fill(input.valid->logical_not().unsqueeze(1), 0);
+  }
+  return gate_features(tokens, norm, type);
+}
+
+NamedLoss entropy_loss(const Tensor& entropy_sum, double coeff, int64_t tokens_global,
+                       at::ScalarType type) {
+  const double scale = tokens_global > 0 ? 1.0 / static_cast<double>(tokens_global) : 0.0;
+  return {"entropy_loss", entropy_sum.mul(coeff * scale).to(type),
+          entropy_sum.detach().mul(scale).to(type)};
+}
+
+GateOutput smooth_step_output(const SmoothStepResult& result, const SmoothStepCounts& counts,
+                              const GateInput& input, int64_t num_experts, int64_t num_valid,
+                              const char* operation) {
+  constexpr double kSaturatedMax = 0.99;
+  GateOutput output;
+  output.routing.num_tokens = input.tokens.size(0);
+  output.routing.token_offsets = result.token_offsets;
+  output.routing.expert_idx = result.expert_idx;
+  output.routing.weights = result.weights;
+  output.stats = count_assignments(output.routing, num_experts, num_valid);
+  output.stats.num_nodes = counts.num_nodes;
+  output.stats.saturated_nodes = counts.saturated_nodes;
+  output.stats.non_finite_tokens = counts.non_finite_tokens;
+  output.stats.removed_weight = counts.removed_weight;
+  const auto limit = kSaturatedMax * static_cast<double>(counts.num_nodes);
+  if (input.training && static_cast<double>(counts.saturated_nodes) > limit) {
+    TORCH_WARN_ONCE("[", operation, "] saturated_nodes=", counts.saturated_nodes, " of ",
+                    counts.num_nodes,
+                    ": switches at exactly 0 or 1 pass no gradient and the gate hardly learns any "
+                    "more; if this is early in training, use input_norm=layer_norm, a larger "
+                    "gamma or a smaller learning rate of the gate");
+  }
+  return output;
+}
+
+}  // namespace perseid::gates

@@ -1,0 +1,99 @@
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+#include "gates/gate.h"
+#include "gates/gate_parts.h"
+#include "gates/losses.h"
+#include "gates/schedule.h"
+#include "kernels/error.h"
+#include "kernels/random.h"
+
+// Internal: what gates of smooth-step switches (COMET, DSelect-k) have in common.
+
+namespace perseid::gates {
+
+/// Throws ConfigError for the options that both kinds have.
+template <typename Options>
+void validate_smooth_step(const Options& options, const char* operation) {
+  require(options.d_model() >= 1, operation, "d_model", options.d_model(),
+          "is below 1; give the width of the tokens");
+  // Not a subnormal number in float32: the slope of a switch is divided by it.
+  require(options.gamma() > 0 && std::isnormal(static_cast<float>(options.gamma())), operation,
+          "gamma", options.gamma(),
+          "is not a finite number above 0; choose the width of the switches, 1 by default");
+  const auto require_coefficient = [operation](const char* argument, double value) {
+    require(std::isfinite(value) && value >= 0, operation, argument, value,
+            "is not a finite number from 0 on; choose 0 to switch the loss off");
+  };
+  require_coefficient("entropy_coeff", options.entropy_coeff());
+  require_coefficient("balance_coeff", options.balance_coeff());
+  options.entropy_schedule().validate(operation);
+  const double share = 1.0 / static_cast<double>(options.num_experts());
+  require(options.min_weight() >= 0 && options.min_weight() < share, operation, "min_weight",
+          options.min_weight(),
+          "is outside [0, 1/num_experts=" + to_text(share) +
+              "), where every token keeps an expert; choose 0 for exact weights");
+}
+
+/// Key of the initial values of a gate.
+template <typename Options>
+kernels::RandomKey initial_key(const Options& options) {
+  return kernels::random_key(options.seed())
+      .with(static_cast<uint64_t>(options.layer_id()))
+      .with(static_cast<uint64_t>(options.gate_id()));
+}
+
+/// A float32 tensor of values uniform in [-bound, bound), keyed by `key` and the position alone.
+at::Tensor uniform_tensor(at::IntArrayRef sizes, double bound, kernels::RandomKey key);
+
+/// gate_features of the tokens, zeros for those that are not valid: these may hold anything, and a
+/// NaN in them would reach the gradients of weights and norm, as 0 * NaN is not 0.
+at::Tensor smooth_step_features(const GateInput& input, InputNorm norm, at::ScalarType type);
+
+/// What the differentiable core of such a gate returns.
+struct SmoothStepResult {
+  at::Tensor token_offsets;  ///< [T+1] int32
+  at::Tensor expert_idx;     ///< [A] int32
+  at::Tensor weights;        ///< [A] differentiable
+  at::Tensor entropy_sum;    ///< scalar float64, differentiable: sum over valid tokens of the
+                             ///< entropy of their trees or selectors
+};
+
+/// Values only; the fields of GateStats of the same names.
+struct SmoothStepCounts {
+  int64_t num_nodes = 0;
+  int64_t saturated_nodes = 0;
+  int64_t non_finite_tokens = 0;
+  double removed_weight = 0;
+};
+
+/// "entropy_loss": coeff * entropy_sum / tokens_global in `type`, 0 if tokens_global is 0.
+NamedLoss entropy_loss(const at::Tensor& entropy_sum, double coeff, int64_t tokens_global,
+                       at::ScalarType type);
+
+/// Routing and statistics. In training it warns, once in the process, if more than 99 % of the
+/// switches are saturated: these pass no gradient.
+GateOutput smooth_step_output(const SmoothStepResult& result, const SmoothStepCounts& counts,
+                              const GateInput& input, int64_t num_experts, int64_t num_valid,
+                              const char* operation);
+
+/// Adds "entropy_loss" and "balance_loss" as far as their coefficients are not 0.
+template <typename Options>
+void add_smooth_step_losses(const Options& options, const at::Tensor& entropy_sum,
+                            const GateInput& input, GateOutput& output) {
+  const int64_t tokens_global =
+      input.tokens_global > 0 ? input.tokens_global : output.stats.num_tokens;
+  if (options.entropy_coeff() > 0) {
+    output.losses.push_back(entropy_loss(
+        entropy_sum, options.entropy_coeff() * options.entropy_schedule().at(input.progress),
+        tokens_global, output.routing.weights.scalar_type()));
+  }
+  if (options.balance_coeff() > 0) {
+    output.global_losses.push_back(balance_entropy_loss(
+        weight_per_expert(output.routing, options.num_experts()), options.balance_coeff()));
+  }
+}
+
+}  // namespace perseid::gates
