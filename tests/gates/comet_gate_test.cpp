@@ -10,10 +10,12 @@
 //   NotANumber        such a token goes to experts 0 .. K-1, the others keep their bits
 //   NoTokens, OneExpert   T = 0, none valid; E = 1 has no parameters
 //   Schedule, TokensGlobal, BatchesAdd
+//   SaturationWarning in training only, above 99 % saturated nodes
 //   SaveAndLoad       same bits after a round trip
 //   Errors            every text
 #include "tests/gates/comet_fixture.h"
 
+#include <c10/util/Exception.h>
 #include <torch/serialize.h>
 
 #include <cmath>
@@ -295,6 +297,25 @@ TEST(CometGate, BatchesAdd) {
   EXPECT_TRUE(same_bits(three.weights, one.weights));
   EXPECT_TRUE(close_to(three.loss, one.loss, 1e-14));
   EXPECT_TRUE(close_to(three.gradient, one.gradient, 1e-14));
+}
+
+TEST(CometGate, SaturationWarning) {
+  struct Warnings : c10::WarningHandler {
+    void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+    std::vector<std::string> texts;
+  } warnings;
+  const c10::WarningUtils::WarningHandlerGuard handler(&warnings);
+  const c10::WarningUtils::WarnAlways always(true);
+  GateInput input = input_of(random_tensor({37, 6}, 1));
+  random_gate(CometGateOptions(6, 8).gamma(1e-5))->forward(input);
+  EXPECT_TRUE(warnings.texts.empty());
+  input.training = true;
+  random_gate(CometGateOptions(6, 8).gamma(1))->forward(input);
+  EXPECT_TRUE(warnings.texts.empty());
+  random_gate(CometGateOptions(6, 8).gamma(1e-5))->forward(input);
+  ASSERT_EQ(warnings.texts.size(), 1u);
+  EXPECT_NE(warnings.texts[0].find("[comet_gate] saturated_nodes=222 of 222: "), std::string::npos)
+      << warnings.texts[0];
 }
 
 TEST(CometGate, SaveAndLoad) {
