@@ -1,4 +1,4 @@
-// The COMET gate: values, statistics, edges, errors. Formulas are proven in tests/kernels.
+// The COMET gate: values and statistics. Formulas are proven in tests/kernels.
 //   Golden            E = 4, K = 2: weights, order of the row, entropy loss and its raw value, 1e-9
 //   EqualsReference   every E = 1 .. 17: weights and entropy of plain operations; Sigma g = 1
 //   AtMostK           saturated switches: at most K pairs per token, hard_eval the same bits
@@ -6,7 +6,8 @@
 //   MinWeight         pairs below it are gone, the mass is reported, others keep their bits
 //   Start             near uniform, all experts; equal by seed, layer and gate, else different
 //   Static            equals a per-token gate with the same logits, K(2E-1) parameters
-//   Schedule, TokensGlobal, BatchesAdd
+//   Schedule          of the entropy coefficient, progress clamped
+//   BatchesAdd        three batches with one tokens_global = their concatenation
 //   SaveAndLoad       same bits after a round trip
 #include "tests/gates/comet_fixture.h"
 
