@@ -1,11 +1,13 @@
 #include "gates/comet_core.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "gates/block_product.h"
+#include "gates/comet_logits.h"
 #include "gates/kernel_types.h"
 #include "gates/linear_router.h"
 #include "gates/ragged_table.h"
@@ -23,12 +25,6 @@ constexpr const char* kOperation = "comet_gate";
 // An autograd function takes no undefined tensor: what is absent travels as an empty one.
 Tensor or_empty(const Tensor& tensor) {
   return tensor.defined() ? tensor : at::empty({0}, at::kFloat);
-}
-
-/// [T, N] logits of one linear layer, in the type of the features.
-Tensor linear(const Tensor& features, const Tensor& weight, const Tensor& bias) {
-  const at::ScalarType type = features.scalar_type();
-  return multiply_in_blocks(features, weight.to(type).t(), 0).add_(bias.to(type));
 }
 
 /// Sum over rows [1, N], in the order of the rows.
@@ -55,10 +51,11 @@ struct CometCore : torch::autograd::Function<CometCore> {
     const bool is_static = split_weight.numel() == 0;
     const at::ScalarType type = router_compute_type(split_bias);
     const Tensor valid = valid_in.numel() > 0 ? valid_in : Tensor();
-    const Tensor splits =
-        is_static ? split_bias.to(type).unsqueeze(0) : linear(features, split_weight, split_bias);
-    const Tensor leaves =
-        is_static ? leaf_bias.to(type).unsqueeze(0) : linear(features, leaf_weight, leaf_bias);
+    const CometLogits logits =
+        is_static ? CometLogits{split_bias.to(type).unsqueeze(0), leaf_bias.to(type).unsqueeze(0)}
+                  : comet_logits(features, {split_weight, split_bias, leaf_weight, leaf_bias},
+                                 valid, options);
+    const Tensor &splits = logits.splits, &leaves = logits.leaves;
     const kernels::CometShape shape{splits.size(0), options.num_experts, options.num_trees};
     const kernels::Stream stream = stream_of(splits, kOperation);
 
@@ -68,16 +65,17 @@ struct CometCore : torch::autograd::Function<CometCore> {
     output.weights = weights.mutable_data_ptr();
     output.entropy_sum = entropy_sum.mutable_data_ptr<double>();
     output.removed_weight = &counts->removed_weight;
+    output.reached_nodes = &counts->num_nodes;
     output.saturated_nodes = &counts->saturated_nodes;
     output.non_finite_tokens = &counts->non_finite_tokens;
     kernels::comet(shape, options.kernel, kernel_type(type),
                    kernel_input(splits, leaves, is_static ? Tensor() : valid), output, stream);
-    counts->num_nodes = options.num_valid * options.num_trees * (options.num_experts - 1);
 
     Tensor table = weights;
     if (is_static) {
       entropy_sum.mul_(options.num_valid);
       counts->removed_weight *= static_cast<double>(options.num_valid);
+      counts->num_nodes *= options.num_valid;
       counts->saturated_nodes *= options.num_valid;
       counts->non_finite_tokens *= options.num_valid;
       table = weights.expand({options.num_tokens, options.num_experts});
@@ -92,6 +90,7 @@ struct CometCore : torch::autograd::Function<CometCore> {
     ctx->saved_data["gamma"] = options.kernel.gamma;
     ctx->saved_data["min_weight"] = options.kernel.min_weight;
     ctx->saved_data["hard_eval"] = options.kernel.hard_eval;
+    ctx->saved_data["descent"] = static_cast<int64_t>(options.descent);
     ctx->saved_data["num_trees"] = options.num_trees;
     ctx->saved_data["num_valid"] = options.num_valid;
     ctx->saved_data["parameter_type"] = static_cast<int64_t>(split_bias.scalar_type());
@@ -109,6 +108,7 @@ struct CometCore : torch::autograd::Function<CometCore> {
     const at::ScalarType type = splits.scalar_type();
     const auto parameter_type =
         static_cast<at::ScalarType>(ctx->saved_data["parameter_type"].toInt());
+    const auto descent = static_cast<Descent>(ctx->saved_data["descent"].toInt());
     const kernels::CometShape shape{splits.size(0), weights.size(1),
                                     ctx->saved_data["num_trees"].toInt()};
     kernels::CometOptions options;
@@ -141,12 +141,12 @@ struct CometCore : torch::autograd::Function<CometCore> {
       return results;
     }
     if (ctx->needs_input_grad(0)) {
-      results[0] = multiply_in_blocks(grad_splits, split_weight.to(type), 0)
-                       .add_(multiply_in_blocks(grad_leaves, leaf_weight.to(type), 0));
+      results[0] = grad_of_features(grad_splits, split_weight.to(type), descent)
+                       .add_(grad_of_features(grad_leaves, leaf_weight.to(type), descent));
     }
-    results[1] = multiply_in_blocks(grad_splits.t(), features, 1).to(parameter_type);
+    results[1] = grad_of_weight(grad_splits, features, descent).to(parameter_type);
     results[2] = row_sum(grad_splits).squeeze(0).to(parameter_type);
-    results[3] = multiply_in_blocks(grad_leaves.t(), features, 1).to(parameter_type);
+    results[3] = grad_of_weight(grad_leaves, features, descent).to(parameter_type);
     results[4] = row_sum(grad_leaves).squeeze(0).to(parameter_type);
     return results;
   }

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "gates/comet_gate.h"
 #include "gates/smooth_step_gate.h"
 #include "kernels/comet.h"
 
@@ -20,6 +21,7 @@ struct CometCoreOptions {
   int64_t num_trees = 0;
   int64_t num_tokens = 0;
   int64_t num_valid = 0;
+  Descent descent = Descent::kAuto;
 };
 
 /// Logits, kernels::comet and the ragged rows of its weights: one node of the graph. Static

@@ -49,6 +49,7 @@ GateOutput CometGate::forward(const GateInput& input) {
   core.kernel.gamma = options_.gamma();
   core.kernel.min_weight = options_.min_weight();
   core.kernel.hard_eval = options_.hard_eval() && !input.training;
+  core.descent = options_.descent();
   core.num_experts = num_experts();
   core.num_trees = top_k();
   core.num_tokens = tokens.size(0);

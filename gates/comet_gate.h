@@ -6,6 +6,14 @@
 
 namespace perseid::gates {
 
+/// Which logits of a tree are formed. Those that a token does not reach have no influence, so both
+/// ways give the same up to rounding.
+enum class Descent : uint8_t {
+  kAuto,   ///< lazy in large gates whose tokens reach few nodes, by a sample of tokens
+  kDense,  ///< all, in one matrix product
+  kLazy,   ///< only those along paths with a weight above 0
+};
+
 struct CometGateOptions {
   CometGateOptions(int64_t d_model, int64_t num_experts)
       : d_model_(d_model), num_experts_(num_experts) {}
@@ -20,6 +28,7 @@ struct CometGateOptions {
   TORCH_ARG(bool, hard_eval) = false;   ///< outside training each tree takes its largest leaf: <= K
   TORCH_ARG(double, min_weight) = 0.0;  ///< smaller weights are left out; in [0, 1/E), 0: exact
   TORCH_ARG(bool, per_token) = true;    ///< false: one decision for all tokens of the batch
+  TORCH_ARG(Descent, descent) = Descent::kAuto;
   TORCH_ARG(uint64_t, seed) = 0;
   TORCH_ARG(int64_t, layer_id) = 0;
   TORCH_ARG(int64_t, gate_id) = 0;

@@ -65,7 +65,8 @@ struct GateStats {
   int64_t tokens_with_one_expert = 0;
   int64_t max_experts_per_token = 0;  ///< over ranks: the maximum
   int64_t non_finite_tokens = 0;
-  int64_t num_nodes = 0;  ///< smooth-step gates: switches (split nodes, code bits) of all tokens
+  int64_t num_nodes = 0;        ///< smooth-step gates: switches of all tokens (code bits, and split
+                                ///< nodes that have a path of weight above 0 from the root)
   int64_t saturated_nodes = 0;  ///< of these, at exactly 0 or 1: they pass no gradient
   double entropy_sum = 0;       ///< sum over tokens of -sum g log g, the routing entropy in nats
   double removed_weight = 0;    ///< weight left out by a cut-off (min_weight)

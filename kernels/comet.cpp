@@ -47,6 +47,7 @@ CometJob<T> make_job(const CometShape& shape, const CometOptions& options,
 struct BlockSums {
   double entropy_sum = 0;
   double removed_weight = 0;
+  int64_t reached_nodes = 0;
   int64_t saturated_nodes = 0;
   int64_t non_finite_tokens = 0;
 };
@@ -93,7 +94,6 @@ PERSEID_SIMD_CLONES void comet_block(const CometJob<T>& job, int64_t begin, int6
     const T* const leaf_logits = job.leaf_logits + t * scratch.num_leaves;
     const SwitchFacts facts =
         read_switches(job.split_logits + t * scratch.num_splits, leaf_logits, job.gamma, scratch);
-    sums.saturated_nodes += facts.saturated_nodes;
     sums.non_finite_tokens += facts.is_non_finite ? 1 : 0;
     if (facts.has_nan) {
       sums.entropy_sum = sums.removed_weight = static_cast<double>(kNaN);
@@ -102,7 +102,9 @@ PERSEID_SIMD_CLONES void comet_block(const CometJob<T>& job, int64_t begin, int6
       std::fill_n(row, job.shape.num_trees, kNaN);
       continue;
     }
-    reach_leaves(scratch);
+    const NodeCounts nodes = reach_leaves(scratch);
+    sums.reached_nodes += nodes.reached;
+    sums.saturated_nodes += nodes.saturated;
     if (needs_entropy) sums.entropy_sum += static_cast<double>(entropy(scratch));
     if (row == nullptr) continue;
     if (job.options.hard_eval) harden(scratch);
@@ -264,11 +266,13 @@ void comet(const CometShape& shape, const CometOptions& options, DType dtype,
   for (const BlockSums& sums : blocks) {
     total.entropy_sum += sums.entropy_sum;
     total.removed_weight += sums.removed_weight;
+    total.reached_nodes += sums.reached_nodes;
     total.saturated_nodes += sums.saturated_nodes;
     total.non_finite_tokens += sums.non_finite_tokens;
   }
   if (output.entropy_sum != nullptr) *output.entropy_sum = total.entropy_sum;
   if (output.removed_weight != nullptr) *output.removed_weight = total.removed_weight;
+  if (output.reached_nodes != nullptr) *output.reached_nodes = total.reached_nodes;
   if (output.saturated_nodes != nullptr) *output.saturated_nodes = total.saturated_nodes;
   if (output.non_finite_tokens != nullptr) *output.non_finite_tokens = total.non_finite_tokens;
 }

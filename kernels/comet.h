@@ -44,7 +44,8 @@ struct CometOutput {
   double* entropy_sum = nullptr;         ///< [1] sum over valid tokens, trees, leaves of
                                          ///< -v log(v + 1e-6)
   double* removed_weight = nullptr;      ///< [1] sum of the weights below min_weight
-  int64_t* saturated_nodes = nullptr;    ///< [1] split nodes of valid tokens at exactly 0 or 1
+  int64_t* reached_nodes = nullptr;      ///< [1] split nodes of valid tokens with a reach above 0
+  int64_t* saturated_nodes = nullptr;    ///< [1] of these, at exactly 0 or 1
   int64_t* non_finite_tokens = nullptr;  ///< [1] valid tokens with a NaN or an infinity in z or a
 };
 

@@ -51,6 +51,7 @@ struct Token {
   std::vector<std::vector<Leaf>> trees;
   double max = -kInfinity;
   double sum = 0;
+  int64_t reached_nodes = 0;
   int64_t saturated_nodes = 0;
   bool has_nan = false;
   bool is_non_finite = false;
@@ -73,11 +74,20 @@ Token read_token(const CometShape& shape, const CometOptions& options, const Com
       const auto value = static_cast<double>(z[i * (E - 1) + q]);
       look_at(value);
       switches.push_back(smooth_step(value, static_cast<double>(static_cast<T>(options.gamma))));
-      if (switches.back().slope == 0) ++token.saturated_nodes;
     }
     std::vector<Step> path;
     std::vector<Leaf> leaves;
     walk(0, switches, path, leaves);
+    for (int64_t q = 0; q < E - 1; ++q) {
+      double reach = 1;
+      for (int64_t node = q; node > 0; node = (node - 1) / 2) {
+        const auto& parent = switches[static_cast<size_t>((node - 1) / 2)];
+        reach *= node % 2 == 1 ? parent.value : parent.complement;
+      }
+      if (reach < static_cast<double>(std::numeric_limits<T>::min())) continue;
+      ++token.reached_nodes;
+      if (switches[static_cast<size_t>(q)].slope == 0) ++token.saturated_nodes;
+    }
     size_t largest = 0;
     for (size_t l = 0; l < leaves.size(); ++l) {
       const int64_t place = i * E + static_cast<int64_t>(l);
@@ -125,12 +135,15 @@ void forward(const CometShape& shape, const CometOptions& options, const CometIn
              const CometOutput& output) {
   const int64_t E = shape.num_experts;
   double entropy = 0, removed = 0;
-  int64_t saturated = 0, non_finite = 0;
+  int64_t reached = 0, saturated = 0, non_finite = 0;
   for (int64_t t = 0; t < shape.num_tokens; ++t) {
     std::vector<double> weights(static_cast<size_t>(E), 0.0);
     if (is_valid(input, t)) {
       const Token token = read_token<T>(shape, options, input, t);
-      saturated += token.saturated_nodes;
+      if (!token.has_nan) {
+        reached += token.reached_nodes;
+        saturated += token.saturated_nodes;
+      }
       non_finite += token.is_non_finite ? 1 : 0;
       if (token.has_nan) {
         std::fill_n(weights.begin(), shape.num_trees, kNaN);
@@ -155,6 +168,7 @@ void forward(const CometShape& shape, const CometOptions& options, const CometIn
   }
   if (output.entropy_sum != nullptr) *output.entropy_sum = entropy;
   if (output.removed_weight != nullptr) *output.removed_weight = removed;
+  if (output.reached_nodes != nullptr) *output.reached_nodes = reached;
   if (output.saturated_nodes != nullptr) *output.saturated_nodes = saturated;
   if (output.non_finite_tokens != nullptr) *output.non_finite_tokens = non_finite;
 }

@@ -52,7 +52,6 @@ struct CometScratch {
 };
 
 struct SwitchFacts {
-  int64_t saturated_nodes;
   bool has_nan;
   bool is_non_finite;
 };
@@ -64,15 +63,14 @@ PERSEID_INLINE SwitchFacts read_switches(const T* split_logits, const T* leaf_lo
   T* const left = scratch.go_left.data();
   T* const right = scratch.go_right.data();
   T* const slope = scratch.slope.data();
-  int32_t saturated = 0, nans = 0, non_finite = 0;
-#pragma omp simd reduction(+ : saturated, nans, non_finite)
+  int32_t nans = 0, non_finite = 0;
+#pragma omp simd reduction(+ : nans, non_finite)
   for (int64_t i = 0; i < scratch.num_splits; ++i) {
     const T z = split_logits[i];
     const SmoothStep<T> step = smooth_step(z, gamma);
     left[i] = step.value;
     right[i] = step.complement;
     slope[i] = step.slope;
-    saturated += step.slope == T{0} ? 1 : 0;
     nans += z != z ? 1 : 0;
     non_finite += std::abs(z) <= kMax ? 0 : 1;
   }
@@ -82,24 +80,35 @@ PERSEID_INLINE SwitchFacts read_switches(const T* split_logits, const T* leaf_lo
     nans += a != a ? 1 : 0;
     non_finite += std::abs(a) <= kMax ? 0 : 1;
   }
-  return {saturated, nans > 0, non_finite > 0};
+  return {nans > 0, non_finite > 0};
 }
 
-/// Top-down, level by level: reach of every node, then v of the leaves in their order.
+struct NodeCounts {
+  int64_t reached;
+  int64_t saturated;  ///< of these
+};
+
+/// Top-down, level by level: reach of every node, then v of the leaves in their order. Counts
+/// the split nodes that are reached.
 template <typename T>
-PERSEID_INLINE void reach_leaves(CometScratch<T>& scratch) {
+PERSEID_INLINE NodeCounts reach_leaves(CometScratch<T>& scratch) {
   constexpr T kSmallest = std::numeric_limits<T>::min();
   const int64_t E = scratch.num_experts;
   const int64_t num_trees = scratch.num_leaves / E;
+  int32_t num_reached = 0, num_saturated = 0;
   for (int64_t i = 0; i < num_trees; ++i) {
     T* const reach = scratch.reach.data() + i * (2 * E - 1);
     const T* const left = scratch.go_left.data() + i * (E - 1);
     const T* const right = scratch.go_right.data() + i * (E - 1);
+    const T* const slope = scratch.slope.data() + i * (E - 1);
     reach[0] = T{1};
     for (int64_t first = 0; first < E - 1; first = 2 * first + 1) {
       const int64_t end = std::min(2 * first + 1, E - 1);
-#pragma omp simd
+#pragma omp simd reduction(+ : num_reached, num_saturated)
       for (int64_t q = first; q < end; ++q) {
+        const int32_t is_reached = reach[q] < kSmallest ? 0 : 1;
+        num_reached += is_reached;
+        num_saturated += slope[q] == T{0} ? is_reached : 0;
         reach[2 * q + 1] = reach[q] * left[q];
         reach[2 * q + 2] = reach[q] * right[q];
       }
@@ -115,6 +124,7 @@ PERSEID_INLINE void reach_leaves(CometScratch<T>& scratch) {
       v[l] = value < kSmallest ? T{0} : value;
     }
   }
+  return {num_reached, num_saturated};
 }
 
 /// Each tree's v becomes one-hot on its largest, equal ones on the smaller leaf.

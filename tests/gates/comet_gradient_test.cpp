@@ -7,6 +7,7 @@
 //   NotResurrected      no loss gives an expert of weight exactly 0 a gradient in its leaf logits
 //   LossScales          the gradient changes by exactly the coefficient times that of the loss
 //   Threads             1, 2 and 3 threads: outputs and gradients the same bits
+//   LazyEqualsDense     logits along active paths and products without zeros: 1e-12, same support
 //   Unused              outputs that reach no loss; NotTwice: a second derivative is refused
 //   SavedBytes          the graph keeps features, logits and weights, no further [T, ...] tensor
 #include <ATen/Parallel.h>
@@ -194,6 +195,41 @@ TEST(CometGradient, Unused) {
   const GateOutput output = gate->forward(input_of(tokens));
   (output.routing.weights.square().sum() + output.losses[0].value).backward();
   EXPECT_TRUE(close_to(gate->split_weight.grad(), only(true) + only(false), 1e-14));
+}
+
+TEST(CometGradient, LazyEqualsDense) {
+  using gates::Descent;
+  // Open, half saturated, saturated; kAuto takes the dense way in the first case and the lazy one
+  // in the last.
+  for (const double gamma : {100., 1., 1e-6}) {
+    for (const bool with_mask : {false, true}) {
+      const Tensor valid = at::arange(301, at::kLong).remainder(5).ne(1);
+      std::vector<Outputs> found;
+      for (const Descent descent : {Descent::kDense, Descent::kLazy, Descent::kAuto}) {
+        const auto gate = random_gate(with_losses(9, 40).gamma(gamma).descent(descent));
+        const Tensor tokens = random_tensor({301, 9}, 1).set_requires_grad(true);
+        const GateOutput output = gate->forward(
+            input_of(tokens, with_mask ? std::optional<Tensor>(valid) : std::nullopt));
+        const Tensor weights = dense(output, 40);
+        ((weights * random_tensor({301, 40}, 4)).sum() + output.losses[0].value +
+         global_loss(output))
+            .backward();
+        Outputs outputs = {
+            weights, output.losses[0].value, tokens.grad(),
+            at::tensor({double(output.stats.num_nodes), double(output.stats.saturated_nodes)})};
+        for (const Tensor& parameter : gate->parameters()) outputs.push_back(parameter.grad());
+        found.push_back(outputs);
+      }
+      for (size_t o = 0; o < found[0].size(); ++o) {
+        EXPECT_TRUE(close_to(found[1][o], found[0][o], 1e-12)) << gamma << " " << o;
+        const size_t same = gamma > 1 ? 0 : 1;
+        if (gamma != 1) {
+          EXPECT_TRUE(same_bits(found[2][o], found[same][o])) << gamma << " " << o;
+        }
+      }
+      EXPECT_TRUE(at::equal(found[1][0].eq(0), found[0][0].eq(0)));
+    }
+  }
 }
 
 TEST(CometGradient, NotTwice) {

@@ -9,13 +9,14 @@ template <typename T>
 struct CometResult {
   std::vector<T> weights;
   double entropy_sum = -9, removed_weight = -9;
-  int64_t saturated_nodes = -9, non_finite_tokens = -9;
+  int64_t reached_nodes = -9, saturated_nodes = -9, non_finite_tokens = -9;
 
   bool has_same_bits(const CometResult& other) const {
     const std::vector<double> mine = {entropy_sum, removed_weight};
     return same_bits(weights, other.weights) &&
            same_bits(mine, {other.entropy_sum, other.removed_weight}) &&
-           saturated_nodes == other.saturated_nodes && non_finite_tokens == other.non_finite_tokens;
+           reached_nodes == other.reached_nodes && saturated_nodes == other.saturated_nodes &&
+           non_finite_tokens == other.non_finite_tokens;
   }
 };
 
@@ -39,7 +40,8 @@ struct CometCase {
   CometResult<T> forward(bool is_reference = false) const {
     CometResult<T> result;
     result.weights = nans<T>(shape.num_tokens * shape.num_experts);
-    const CometOutput output{result.weights.data(), &result.entropy_sum, &result.removed_weight,
+    const CometOutput output{result.weights.data(),   &result.entropy_sum,
+                             &result.removed_weight,  &result.reached_nodes,
                              &result.saturated_nodes, &result.non_finite_tokens};
     if (is_reference) {
       comet_reference(shape, options, DTypeOf<T>::value, input(), output);

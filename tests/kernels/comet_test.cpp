@@ -41,6 +41,7 @@ TEST(Comet, Golden) {
   const std::vector<double> expected = {.3995807438, .2159635547, .1358602041, .2485954974};
   for (size_t m = 0; m < 4; ++m) EXPECT_NEAR(two.weights[m], expected[m], 1e-9) << m;
   EXPECT_NEAR(two.entropy_sum, 1.8905598098, 1e-9);
+  EXPECT_EQ(two.reached_nodes, 6);
   EXPECT_EQ(two.saturated_nodes, 2);
   EXPECT_EQ(two.non_finite_tokens, 0);
   EXPECT_EQ(two.removed_weight, 0);
@@ -89,6 +90,7 @@ void expect_reference() {
         EXPECT_NEAR(actual.removed_weight, expected.removed_weight,
                     tolerance<T>() * (1 + expected.removed_weight))
             << at.name();
+        EXPECT_EQ(actual.reached_nodes, expected.reached_nodes) << at.name();
         EXPECT_EQ(actual.saturated_nodes, expected.saturated_nodes) << at.name();
         EXPECT_EQ(actual.non_finite_tokens, 0);
       });
@@ -108,7 +110,9 @@ TEST(Comet, AtMostK) {
       auto at = random_comet<float>(37, E, K);
       for (float& z : at.splits) z = z > 0 ? 0.5f : -0.5f;
       const auto soft = at.forward();
-      EXPECT_EQ(soft.saturated_nodes, 37 * K * (E - 1));
+      EXPECT_EQ(soft.saturated_nodes, soft.reached_nodes);
+      EXPECT_GE(soft.reached_nodes, 37 * K * static_cast<int64_t>(std::log2(E)));
+      EXPECT_LE(soft.reached_nodes, 37 * K * static_cast<int64_t>(std::ceil(std::log2(E))));
       for (int64_t t = 0; t < 37; ++t) {
         const auto row = soft.weights.begin() + t * E;
         EXPECT_LE(std::count_if(row, row + E, [](float g) { return g != 0.0f; }), K);
@@ -306,6 +310,7 @@ TEST(Comet, Empty) {
   const auto result = random_comet<float>(0, 6, 2).forward();
   EXPECT_EQ(result.entropy_sum, 0);
   EXPECT_EQ(result.removed_weight, 0);
+  EXPECT_EQ(result.reached_nodes, 0);
   EXPECT_EQ(result.saturated_nodes, 0);
   EXPECT_EQ(result.non_finite_tokens, 0);
   EXPECT_EQ(random_comet<float>(3, 1, 1).forward().weights, (std::vector<float>{1, 1, 1}));

@@ -1,0 +1,177 @@
+// Edges of the COMET gate.
+//   InvalidTokens     NaN tokens with valid = false change neither values nor gradients
+//   NotANumber        such a token goes to experts 0 .. K-1, the others keep their bits
+//   NoTokens          T = 0, none valid: zero losses, zero gradients
+//   OneExpert         no parameters, weight 1
+//   SaturationWarning in training only, above 99 % saturated nodes
+//   Errors            every text
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+#include "tests/gates/comet_fixture.h"
+
+namespace perseid::testing {
+namespace {
+
+TEST(CometEdges, InvalidTokens) {
+  for (const bool with_norm : {false, true}) {
+    CometGateOptions options = CometGateOptions(6, 5).balance_coeff(.3);
+    const Tensor valid = at::arange(37, at::kLong).remainder(3).ne(1);
+    Tensor padded = random_tensor({37, 6}, 1);
+    Tensor tokens = padded.index({valid}).clone().set_requires_grad(true);
+    padded.index_put_({valid.logical_not()}, NAN);
+    padded.set_requires_grad(true);
+    const InputNorm norm = with_norm ? InputNorm::kLayerNorm : InputNorm::kNone;
+    const auto plain = random_gate(options, 1, at::kDouble, norm);
+    const auto masked = random_gate(options, 1, at::kDouble, norm);
+    const auto run = [&](CometGate& gate, const GateInput& input) {
+      GateOutput output = gate.forward(input);
+      const Tensor weights = output.routing.weights;
+      ((weights * random_tensor({weights.size(0)}, 4)).sum() + output.losses[0].value +
+       global_loss(output))
+          .backward();
+      return output;
+    };
+    const GateOutput expected = run(*plain, input_of(tokens));
+    const GateOutput output = run(*masked, input_of(padded, valid));
+    EXPECT_TRUE(same_bits(output.routing.weights, expected.routing.weights));
+    EXPECT_TRUE(same_bits(output.routing.expert_idx, expected.routing.expert_idx));
+    EXPECT_TRUE(close_to(output.losses[0].value, expected.losses[0].value, 1e-15));
+    EXPECT_TRUE(close_to(global_loss(output), global_loss(expected), 1e-14));
+    EXPECT_EQ(output.stats.non_finite_tokens, 0);
+    EXPECT_EQ(output.stats.num_nodes, expected.stats.num_nodes);
+    EXPECT_EQ(output.stats.tokens_without_expert, 0);
+    for (size_t p = 0; p < 4; ++p) {
+      EXPECT_TRUE(close_to(masked->parameters()[p].grad(), plain->parameters()[p].grad(), 1e-13));
+    }
+    EXPECT_TRUE(close_to(padded.grad().index({valid}), tokens.grad(), 1e-14));
+    EXPECT_TRUE(same_bits(padded.grad().index({valid.logical_not()}),
+                          at::zeros({37 - tokens.size(0), 6}, at::kDouble)));
+  }
+}
+
+TEST(CometEdges, NotANumber) {
+  const auto gate = random_gate(CometGateOptions(6, 5).top_k(3));
+  Tensor tokens = random_tensor({7, 6}, 1);
+  const Tensor clean = dense(gate->forward(input_of(tokens)), 5);
+  tokens[2][4] = NAN;
+  const GateOutput output = gate->forward(input_of(tokens));
+  EXPECT_NO_THROW(gates::validate(output.routing, 5, "test"));
+  EXPECT_EQ(output.stats.non_finite_tokens, 1);
+  EXPECT_TRUE(std::isnan(output.losses[0].value.item<double>()));
+  const Tensor weights = dense(output, 5);
+  EXPECT_TRUE(same_bits(weights[2].isnan(), at::tensor({1, 1, 1, 0, 0}).to(at::kBool)));
+  for (const int64_t t : {0, 1, 3, 6}) EXPECT_TRUE(same_bits(weights[t], clean[t])) << t;
+}
+
+TEST(CometEdges, NoTokens) {
+  for (const bool per_token : {true, false}) {
+    for (const int64_t T : {0, 3}) {
+      const auto gate = std::make_shared<CometGate>(
+          CometGateOptions(6, 5).balance_coeff(.1).per_token(per_token));
+      const GateOutput output =
+          gate->forward(input_of(at::zeros({T, 6}), at::zeros({T}, at::kBool)));
+      EXPECT_EQ(output.stats.num_assignments, 0);
+      EXPECT_EQ(output.stats.num_nodes, 0);
+      EXPECT_EQ(output.losses[0].value.item<float>(), 0);
+      EXPECT_EQ(output.losses[0].raw.item<float>(), 0);
+      const Tensor loss = output.losses[0].value + global_loss(output);
+      EXPECT_EQ(loss.item<float>(), 0);
+      (loss + output.routing.weights.sum()).backward();
+      for (const Tensor& parameter : gate->parameters()) {
+        EXPECT_TRUE(same_bits(parameter.grad(), at::zeros_like(parameter)));
+      }
+    }
+  }
+}
+
+TEST(CometEdges, OneExpert) {
+  for (const bool per_token : {true, false}) {
+    CometGate gate(CometGateOptions(6, 1).top_k(1).balance_coeff(.1).per_token(per_token));
+    EXPECT_TRUE(gate.parameters().empty());
+    const Tensor tokens = random_tensor({3, 6}, 1, -1, 1, at::kFloat).set_requires_grad(true);
+    const GateOutput output =
+        gate.forward(input_of(tokens, at::tensor({1, 0, 1}, at::kInt).to(at::kBool)));
+    EXPECT_TRUE(same_bits(dense(output, 1).reshape({-1}), at::tensor({1.f, 0.f, 1.f})));
+    EXPECT_EQ(output.losses[0].value.item<float>(), 0);
+    EXPECT_EQ(global_loss(output).item<float>(), 0);
+    EXPECT_FALSE(output.routing.weights.requires_grad());
+    EXPECT_EQ(output.stats.num_nodes, 0);
+  }
+}
+
+TEST(CometEdges, SaturationWarning) {
+  struct Warnings : c10::WarningHandler {
+    void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+    std::vector<std::string> texts;
+  } warnings;
+  const c10::WarningUtils::WarningHandlerGuard handler(&warnings);
+  const c10::WarningUtils::WarnAlways always(true);
+  GateInput input = input_of(random_tensor({37, 6}, 1));
+  random_gate(CometGateOptions(6, 8).gamma(1e-5))->forward(input);
+  EXPECT_TRUE(warnings.texts.empty());
+  input.training = true;
+  random_gate(CometGateOptions(6, 8).gamma(1))->forward(input);
+  EXPECT_TRUE(warnings.texts.empty());
+  random_gate(CometGateOptions(6, 8).gamma(1e-5))->forward(input);
+  ASSERT_EQ(warnings.texts.size(), 1u);
+  EXPECT_NE(warnings.texts[0].find("[comet_gate] saturated_nodes=222 of 222: "), std::string::npos)
+      << warnings.texts[0];
+}
+
+TEST(CometEdges, Errors) {
+  const auto with = [](const std::function<void(CometGateOptions&)>& change) {
+    return error_text<ConfigError>([&] {
+      CometGateOptions options(4, 8);
+      change(options);
+      CometGate gate(options);
+    });
+  };
+  EXPECT_EQ(with([](auto& o) { o.top_k(9); }),
+            "[comet_gate] top_k=9 exceeds num_experts=8; choose top_k in [1, 8]");
+  EXPECT_EQ(with([](auto& o) { o.top_k(0); }),
+            "[comet_gate] top_k=0 is below 1; choose top_k in [1, 8]");
+  EXPECT_EQ(with([](auto& o) { o.num_experts(0); }),
+            "[comet_gate] num_experts=0 is below 1; a gate needs an expert");
+  EXPECT_EQ(with([](auto& o) { o.d_model(0); }),
+            "[comet_gate] d_model=0 is below 1; give the width of the tokens");
+  for (const double gamma : {0., -1., double(NAN), double(INFINITY), 1e-60}) {
+    EXPECT_EQ(with([&](auto& o) { o.gamma(gamma); }),
+              "[comet_gate] gamma=" + to_text(gamma) +
+                  " is not a finite number above 0; choose the width of the switches, 1 by "
+                  "default");
+  }
+  for (const double coeff : {-1., double(NAN), double(INFINITY)}) {
+    const std::string text =
+        "=" + to_text(coeff) + " is not a finite number from 0 on; choose 0 to switch the loss off";
+    EXPECT_EQ(with([&](auto& o) { o.entropy_coeff(coeff); }), "[comet_gate] entropy_coeff" + text);
+    EXPECT_EQ(with([&](auto& o) { o.balance_coeff(coeff); }), "[comet_gate] balance_coeff" + text);
+  }
+  EXPECT_EQ(with([](auto& o) { o.entropy_schedule({1.5}); }),
+            "[comet_gate] schedule.ramp_until=1.5 is outside [0, 1]; it is a share of the "
+            "training, 0 for a constant coefficient");
+  for (const double min_weight : {-.1, .125, double(NAN)}) {
+    EXPECT_EQ(with([&](auto& o) { o.min_weight(min_weight); }),
+              "[comet_gate] min_weight=" + to_text(min_weight) +
+                  " is outside [0, 1/num_experts=0.125), where every token keeps an expert; choose "
+                  "0 for exact weights");
+  }
+  CometGate gate(CometGateOptions(4, 8));
+  EXPECT_EQ(error_text<ConfigError>([&] {
+              gate.forward(input_of(at::zeros({3, 5})));
+            }),
+            "[comet_gate] tokens=Float[3, 5] has another width than d_model=4");
+  EXPECT_EQ(error_text<ConfigError>([&] {
+              gate.forward(input_of(at::empty({3, 4}, at::TensorOptions().device(at::kMeta))));
+            }),
+            "[comet_gate] tokens.device=meta differs from leaf_bias.device=cpu");
+  GateInput input = input_of(at::zeros({3, 4}));
+  input.progress = NAN;
+  EXPECT_EQ(error_text<ConfigError>([&] { gate.forward(input); }),
+            "[comet_gate] progress=nan is not a number; give the finished share of the training, "
+            "in [0, 1]");
+}
+
+}  // namespace
+}  // namespace perseid::testing

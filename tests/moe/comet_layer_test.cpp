@@ -1,0 +1,58 @@
+// A layer with a COMET gate.
+//   EqualsDense   outputs and all gradients = plain operations in which every expert runs on every
+//                 token and the gate sees the gradients of all weights, 1e-12: the experts of
+//                 weight 0 that the layer leaves out have no influence. Open, half saturated,
+//                 saturated
+#include "tests/gates/comet_fixture.h"
+#include "tests/moe/layer_fixture.h"
+
+namespace perseid::testing {
+namespace {
+
+TEST(CometLayer, EqualsDense) {
+  const int64_t E = 7, K = 2, T = 37;
+  for (const double gamma : {20., 1., 1e-6}) {
+    const auto gate = random_gate(CometGateOptions(kDModel, E).top_k(K).gamma(gamma));
+    const ExpertPlacement placement = ExpertPlacement::contiguous(E, 1);
+    const auto experts = make_experts(ExpertKind::kGated, placement, 0, at::kDouble);
+    MoELayer layer({gate}, experts, placement, make_parallel_groups(comm::self_group()));
+
+    std::vector<std::vector<Tensor>> found;
+    for (const bool is_sparse : {true, false}) {
+      layer.zero_grad();
+      const Tensor tokens = case_tokens(T).set_requires_grad(true);
+      Tensor output, entropy;
+      if (is_sparse) {
+        const auto result = layer.forward(tokens);
+        output = result.outputs[0];
+        entropy = result.losses[0].value;
+        const auto& stats = result.stats.gates[0];
+        EXPECT_EQ(stats.num_assignments == T * E, gamma > 1);
+        EXPECT_EQ(stats.max_experts_per_token <= K, gamma < 1);
+      } else {
+        const auto expected = reference_comet(
+            at::linear(tokens, gate->split_weight, gate->split_bias).view({T, K, E - 1}),
+            at::linear(tokens, gate->leaf_weight, gate->leaf_bias).view({T, K, E}), gamma);
+        output = at::zeros({T, kDOut}, at::kDouble);
+        for (int64_t e = 0; e < E; ++e) {
+          output = output + expected.weights.narrow(1, e, 1) * dense_expert(*experts, e, tokens);
+        }
+        entropy = expected.entropy_sum * (.1 / T);
+      }
+      (weighted_loss({output}, 0) + entropy).backward();
+      found.push_back({output, entropy, tokens.grad()});
+      for (const Tensor& parameter : layer.parameters()) {
+        found.back().push_back(parameter.grad().clone());
+      }
+    }
+    ASSERT_EQ(found[0].size(), found[1].size());
+    for (size_t i = 0; i < found[0].size(); ++i) {
+      const double scale = 1 + found[1][i].abs().max().item<double>();
+      EXPECT_LE((found[0][i] - found[1][i]).abs().max().item<double>(), 1e-12 * scale)
+          << gamma << " " << i;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace perseid::testing
