@@ -50,6 +50,7 @@ TEST(DSelectKGradient, CentralDifferences) {
       for (const int64_t T : {0, 1, 11}) {
         for (const double gamma : {1.5, 5.}) {
           for (const bool per_token : {true, false}) {
+            if (T < 2 && gamma > 2) continue;
             const bool renormalize = (K > 1) == per_token;
             const double min_weight = gamma > 2 ? .05 : 0;
             const auto gate = random_gate(with_losses(D, E)
