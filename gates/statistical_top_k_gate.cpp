@@ -11,7 +11,6 @@
 #include "gates/linear_router.h"
 #include "gates/losses.h"
 #include "gates/router_call.h"
-#include "gates/smooth_step_gate.h"
 #include "kernels/error.h"
 #include "kernels/statistical_top_k.h"
 
@@ -93,9 +92,8 @@ GateOutput StatisticalTopKGate::forward(const GateInput& input) {
   } else {
     require_input(input, weight, kOperation);
     const Tensor valid = input.valid.value_or(Tensor());
-    const Tensor logits = linear_logits(
-        smooth_step_features(input, options_.input_norm(), router_compute_type(weight)), weight, {},
-        valid);
+    const Tensor logits =
+        linear_logits(linear_features(input, options_.input_norm(), weight), weight, {}, valid);
     kernels::StatisticalTopKOptions kernel;
     kernel.unbiased = options_.unbiased();
     kernel.detach_threshold = options_.detach_threshold();

@@ -2,6 +2,7 @@
 //   Contract        empty and padded batches, batches add, purity, threads: gate_contract.h
 //   Golden          a worked example: weights and the order of the row, 1e-9
 //   EqualsReference weights of plain operations; statistics; Sigma g is free
+//   Permuted        rows of the weight and experts together
 //   OnAverage       normal logits: K experts per token on average, reported
 //   NeverEmpty      equal logits, and none above the threshold; empty rows where asked for
 //   Cap             at most that many, the largest
@@ -93,6 +94,15 @@ TEST(StatisticalTopKGate, EqualsReference) {
       }
     }
   }
+}
+
+TEST(StatisticalTopKGate, Permuted) {
+  const GateInput input = input_of(random_tensor({37, kWidth}, 1, -2, 2));
+  const auto gate = make_gate(eight());
+  const Tensor expected = dense(gate->forward(input), 8);
+  const Tensor order = at::tensor({3, 7, 0, 5, 1, 6, 2, 4}, at::kLong);
+  gate->weight.set_data(gate->weight.detach().index_select(0, order));
+  EXPECT_TRUE(close_to(dense(gate->forward(input), 8), expected.index_select(1, order), 1e-14));
 }
 
 TEST(StatisticalTopKGate, OnAverage) {
