@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "gates/linear_router.h"
+#include "gates/smooth_step_gate.h"
 #include "kernels/error.h"
 #include "kernels/random.h"
 
@@ -43,6 +44,11 @@ void require_input(const GateInput& input, const at::Tensor& weight, const char*
 at::Tensor router_features(const at::Tensor& tokens, InputNorm norm, const at::Tensor& weight) {
   if (norm == InputNorm::kNone) return tokens;  // no second copy of them is kept
   return gate_features(tokens, norm, router_compute_type(weight));
+}
+
+at::Tensor linear_features(const GateInput& input, InputNorm norm, const at::Tensor& weight) {
+  if (norm == InputNorm::kNone) return input.tokens;
+  return smooth_step_features(input, norm, router_compute_type(weight));
 }
 
 int64_t count_valid(const GateInput& input) {
