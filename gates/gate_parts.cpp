@@ -6,6 +6,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
+#include <limits>
 
 #include "gates/linear_router.h"
 #include "gates/smooth_step_gate.h"
@@ -33,6 +34,8 @@ void require_coefficient(const char* operation, const char* argument, double val
 
 void require_d_model(const char* operation, int64_t d_model) {
   require(d_model >= 1, operation, "d_model", d_model, "is below 1; give the width of the tokens");
+  require(d_model <= std::numeric_limits<int32_t>::max(), operation, "d_model", d_model,
+          "exceeds 2147483647");
 }
 
 void require_input(const GateInput& input, const at::Tensor& weight, const char* operation) {

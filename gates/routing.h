@@ -51,5 +51,7 @@ at::Tensor dense_weights(const Routing& routing, int64_t num_experts);
 
 /// Throws ConfigError unless shapes, types and ids are legal. Reads the data.
 void validate(const Routing& routing, int64_t num_experts, const char* operation);
+/// The part of it that reads no data: shapes and types.
+void validate_shapes(const Routing& routing, int64_t num_experts, const char* operation);
 
 }  // namespace perseid::gates
