@@ -193,6 +193,12 @@ TEST(GateErrors, FixedGates) {
        "[hash_gate] table[2]=-1 is outside [0, num_experts=8)"},
       {[] { HashGate(HashGateOptions(8).table(at::zeros({3}, at::kLong))); },
        "[hash_gate] table=1 is given, but mode=random does not read it; choose mode=table"},
+      {[] { HashGate(HashGateOptions(8).num_hashes(0)); },
+       "[hash_gate] num_hashes=0 is outside [1, num_experts=8]: the experts of a token are "
+       "distinct"},
+      {[] { HashGate(HashGateOptions(8).num_hashes(9)); },
+       "[hash_gate] num_hashes=9 is outside [1, num_experts=8]: the experts of a token are "
+       "distinct"},
       {[] { HashGate(HashGateOptions(0)); },
        "[hash_gate] num_experts=0 is below 1; a gate needs an expert"},
       {[] { gates::SingleGate(5, 5); }, "[single_gate] expert=5 is outside [0, num_experts=5)"},
