@@ -22,6 +22,9 @@ GATES = {
     "topk-bias": lambda d, e: perseid.TopKGate(
         d, e, top_k=2, score_function="sigmoid", bias_update_rate=1e-3, aux_loss_coeff=0.0
     ),
+    "noisy": lambda d, e: perseid.NoisyTopKGate(d, e, top_k=2),
+    "gshard": perseid.GShardGate,
+    "remoe": lambda d, e: perseid.ReMoEGate(d, e, top_k=2),
     "comet": lambda d, e: perseid.CometGate(d, e, top_k=2, entropy_coeff=0.01, balance_coeff=0.1),
 }
 
@@ -69,9 +72,9 @@ def main():
     layer = perseid.MoELayer(gate, options.d_model, options.d_ff)
     optimiser = torch.optim.AdamW(layer.parameters(), lr=options.lr, weight_decay=0.0)
 
-    def losses_of(x, y):
-        output, losses = layer(x)
-        return nn.functional.mse_loss(output, y), losses.sum()
+    def losses_of(x, y, step):
+        output, routing = layer(x, step=step)
+        return nn.functional.mse_loss(output, y), routing
 
     step_of = torch.compile(losses_of, backend=options.compile) if options.compile else losses_of
     parameters = sum(parameter.numel() for parameter in layer.parameters())
@@ -79,14 +82,15 @@ def main():
     start, seen = time.perf_counter(), 0
     for step in range(1, options.steps + 1):
         x, y = data.batch(options.tokens)
-        task, extra = step_of(x, y)
+        task, routing = step_of(x, y, step)
+        extra = routing.losses.sum()
         optimiser.zero_grad()
         (task + extra).backward()
         optimiser.step()
-        layer.after_step()
+        gate.after_step(routing)
         seen += options.tokens
         if step % options.log_interval == 0 or step in (1, options.steps):
-            counts = layer.tokens_per_expert
+            counts = routing.tokens_per_expert
             rate = seen / (time.perf_counter() - start)
             print(
                 f"step {step:5}/{options.steps} | loss {task.item():.4f} | "

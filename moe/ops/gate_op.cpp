@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include "gates/losses.h"
+#include "moe/ops/gate_arguments.h"
 #include "moe/threads.h"
 
 namespace perseid::ops {
@@ -283,6 +284,12 @@ void implement(torch::Library& library) {
 }
 
 }  // namespace
+
+const std::vector<GateOp>& gate_ops() {
+  static const std::vector<GateOp> ops = {top_k_op(), noisy_top_k_op(), gshard_op(),
+                                          remoe_op(), comet_op(),       hash_op()};
+  return ops;
+}
 
 void define_gates(torch::Library& library) {
   for (const GateOp& gate : gate_ops()) {

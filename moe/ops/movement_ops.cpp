@@ -41,8 +41,7 @@ auto registered(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// ---- permute
-// -------------------------------------------------------------------------------------
+// ---- permute ------------------------------------------------------------------------------------
 std::tuple<Tensor, Tensor, Tensor> permute_on_cpu(const Tensor& tokens, const Tensor& token_offsets,
                                                   const Tensor& expert_idx, int64_t num_experts) {
   constexpr const char* kName = "permute";
@@ -106,8 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> permute_autograd(const Tensor& tokens,
   return {out[0], out[1], out[2]};
 }
 
-// ---- combine
-// -------------------------------------------------------------------------------------
+// ---- combine ------------------------------------------------------------------------------------
 /// What combine and its backward read, checked.
 struct Operands {
   Tensor rows, places, offsets, weights;  // weights undefined: all are 1

@@ -48,8 +48,30 @@ CASES = {
         ),
         ([leaf(T, D), *comet_parameters(5, 1)], dict(num_experts=5, top_k=1, layer_norm=False)),
     ],
+    "noisy_top_k_gate": [
+        (
+            [leaf(T, D), leaf(E, D, seed=1), leaf(E, D, seed=2)],
+            dict(top_k=K, training=True, step=5, importance_coeff=0.3, load_coeff=0.2),
+        ),
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(top_k=K, training=True, noise_std=2.0)),
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(top_k=1)),
+    ],
+    "gshard_gate": [
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(training=True, z_loss_coeff=0.1)),
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(training=True, gumbel_second=True)),
+        ([leaf(T, D), leaf(1, D, seed=1)], {}),
+        (
+            [leaf(T, D), leaf(E, D, seed=1)],
+            dict(second_policy="threshold", normalize_after_drop=True),
+        ),
+    ],
+    "remoe_gate": [
+        ([leaf(T, D), leaf(E, D, seed=1), torch.tensor(0.5)], dict(top_k=K)),
+        ([leaf(T, D), leaf(E, D, seed=1), torch.tensor(0.5)], dict(l1_balance=False)),
+    ],
     "hash_gate": [
         ([torch.arange(T)], dict(num_experts=E, seed=3)),
+        ([torch.arange(T)], dict(num_experts=E, num_hashes=3)),
         ([torch.arange(T), torch.tensor([5, 4, 3])], dict(num_experts=E)),
     ],
 }
@@ -58,6 +80,9 @@ CASES = {
 DIFFERENTIABLE = {
     "top_k_gate": ["tokens", "weight", "bias"],
     "comet_gate": ["tokens", "split_weight", "split_bias", "leaf_weight", "leaf_bias"],
+    "noisy_top_k_gate": ["tokens", "weight", "noise_weight"],
+    "gshard_gate": ["tokens", "weight"],
+    "remoe_gate": ["tokens", "weight"],
     "hash_gate": [],
 }
 
@@ -228,6 +253,48 @@ class Formulas(unittest.TestCase):
         self.close(dense(weights, experts, offsets, num_experts), expected)
         entropy = -(reached * (reached + 1e-6).log()).sum((1, 2)).mean()
         self.close(losses[0], 0.3 * entropy)
+
+    def test_remoe(self):
+        tokens, weight = leaf(T, D), leaf(E, D, seed=1)
+        weights, experts, offsets, losses, counts = ops.remoe_gate(
+            tokens, weight, torch.tensor(0.5), top_k=K
+        )
+        expected = (tokens @ weight.T).relu()
+        self.close(dense(weights, experts, offsets, E), expected)
+        share = (expected > 0).sum(0).double() / (T * K)
+        self.assertEqual(counts.tolist(), (expected > 0).sum(0).tolist())
+        self.close(losses, torch.stack([0.5 * E * (share * expected.mean(0)).sum(), losses[1] * 0]))
+
+    def test_gshard(self):
+        tokens, weight = leaf(T, D), leaf(E, D, seed=1)
+        weights, experts, _, losses, _ = ops.gshard_gate(
+            tokens, weight, second_policy="all", aux_loss_coeff=0.1
+        )
+        scores = (tokens @ weight.T).softmax(1)
+        best = scores.topk(2)
+        self.close(weights.view(T, 2), best.values / (best.values.sum(1, keepdim=True) + 1e-9))
+        self.assertEqual(experts.tolist(), best.indices.flatten().tolist())
+        first = torch.bincount(best.indices[:, 0], minlength=E).double() / T
+        self.close(losses[0], 0.1 * E * (first * scores.mean(0)).sum())
+
+    def test_noisy(self):
+        """Without training no noise; in training the noise is that of the step."""
+        tokens, weight, noise = leaf(T, D), leaf(E, D, seed=1), leaf(E, D, seed=2)
+        weights, _, _, losses, counts = ops.noisy_top_k_gate(
+            tokens, weight, noise, top_k=K, importance_coeff=0.3, load_coeff=0.2
+        )
+        best = (tokens @ weight.T).topk(K)
+        self.close(weights.view(T, K), best.values.softmax(1))
+        importance = torch.zeros(T, E).double().scatter(1, best.indices, best.values.softmax(1))
+        for coeff, values, loss in zip((0.3, 0.2), (importance.sum(0), counts.double()), losses):
+            mean = values.mean()
+            self.close(loss, coeff * (values - mean).square().mean() / (mean.square() + 1e-10))
+        at_step = [
+            ops.noisy_top_k_gate(tokens, weight, noise, top_k=K, training=True, step=step)[0]
+            for step in (1, 1, 2)
+        ]
+        self.assertTrue(torch.equal(at_step[0], at_step[1]))
+        self.assertFalse(torch.equal(at_step[0], at_step[2]))
 
     def test_hash(self):
         """A table gives its experts; a hash depends on key and seed alone."""
