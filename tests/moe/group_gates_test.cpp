@@ -4,12 +4,14 @@
 //   RanksEqualOne fixed group_size: outputs, gradients of tokens and router at 2 and 4 ranks, one
 //   of
 //                 them without tokens, = one process, 1e-12
+//   Padding       BASE passes nothing of a token that is not valid, whatever it holds
 //   BrokenGroup   ranks that cut a group: every rank throws the same error
 #include <gtest/gtest.h>
 
 #include <functional>
 #include <mutex>
 
+#include "gates/base_gate.h"
 #include "gates/expert_choice_gate.h"
 #include "gates/hash_gate.h"
 #include "kernels/error.h"
@@ -40,6 +42,17 @@ const std::vector<GateCase>& all_cases() {
        },
        [](const at::Tensor& logits, const at::Tensor& is_chosen) {
          return logits.softmax(1) * is_chosen;
+       }},
+      {"base",
+       [] {
+         return std::make_shared<gates::BaseGate>(
+             gates::BaseGateOptions(kDModel, kExperts).group_size(kGroup));
+       },
+       [](const at::Tensor& logits, const at::Tensor& is_chosen) {
+         return logits.sigmoid() * is_chosen;
+       },
+       [](const at::Tensor& logits, const at::Tensor& is_chosen) {
+         return 1 - (logits.sigmoid() * is_chosen).sum(1);
        }},
       {"hash",
        [] {
@@ -174,6 +187,28 @@ TEST(GroupGates, RanksEqualOne) {
       for (size_t i = 0; i < one.gradients.size(); ++i) {
         EXPECT_TRUE(close_to(many.gradients[i], one.gradients[i], 1e-12)) << num_ranks;
       }
+    }
+  }
+}
+
+TEST(GroupGates, Padding) {
+  for (const GateCase& c : all_cases()) {
+    if (!c.residual) continue;
+    SCOPED_TRACE(c.name);
+    const auto gate = c.make();
+    const auto layer = layer_with(gate, make_parallel_groups(comm::self_group()));
+    at::Tensor tokens = case_tokens(kTokens).clone();
+    const at::Tensor is_padding = at::arange(kTokens, at::kLong).remainder(5).eq(2);
+    tokens.masked_fill_(is_padding.unsqueeze(1), NAN).set_requires_grad(true);
+    MoEInput input = input_of(tokens, 0);
+    input.valid = is_padding.logical_not();
+    const at::Tensor output = layer->forward(input).output();
+    const at::Tensor padding = output.index({is_padding});
+    EXPECT_TRUE(same_bits(padding, at::zeros_like(padding)));
+    output.sum().backward();
+    for (const at::Tensor& gradient : {gate->parameters()[0].grad(), tokens.grad()}) {
+      EXPECT_TRUE(gradient.isfinite().all().item<bool>());
+      EXPECT_GT(gradient.abs().max().item<double>(), 0);
     }
   }
 }
