@@ -9,6 +9,7 @@
 #include "gates/kernel_types.h"
 #include "gates/linear_router.h"
 #include "gates/ragged_table.h"
+#include "gates/router_call.h"
 #include "kernels/error.h"
 
 namespace perseid::gates {
@@ -19,11 +20,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr const char* kOperation = "comet_gate";
-
-// An autograd function takes no undefined tensor: what is absent travels as an empty one.
-Tensor or_empty(const Tensor& tensor) {
-  return tensor.defined() ? tensor : at::empty({0}, at::kFloat);
-}
 
 kernels::CometInput kernel_input(const Tensor& splits, const Tensor& leaves, const Tensor& valid) {
   kernels::CometInput input;

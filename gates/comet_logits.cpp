@@ -32,7 +32,6 @@ Tensor linear(const Tensor& features, const Tensor& weight, const Tensor& bias) 
 struct LinearGrads {
   void* features = nullptr;
   void* weight = nullptr;
-  void* bias = nullptr;
 };
 
 /// What is null is not written.
@@ -41,7 +40,7 @@ void linear_backward(const Tensor& grad, const Tensor& features, const Tensor& w
   const kernels::DType dtype = kernel_type(grad.scalar_type());
   kernels::router_linear_backward(linear_shape(grad, d_model), dtype, dtype, data_or_null(features),
                                   data_or_null(weight), nullptr, grad.const_data_ptr(),
-                                  out.features, out.weight, out.bias, stream_of(grad, kOperation));
+                                  out.features, out.weight, nullptr, stream_of(grad, kOperation));
 }
 
 // Along active paths a logit costs a dot product of its own, not its share of a matrix product. In
@@ -121,12 +120,6 @@ Tensor grad_of_weight(const Tensor& grad, const Tensor& features, Descent descen
   } else {
     linear_backward(grad, features, {}, features.size(1), {nullptr, out.mutable_data_ptr()});
   }
-  return out;
-}
-
-Tensor sum_of_rows(const Tensor& rows) {
-  const Tensor out = at::empty({rows.size(1)}, rows.options());
-  linear_backward(rows, {}, {}, 1, {nullptr, nullptr, out.mutable_data_ptr()});
   return out;
 }
 

@@ -25,7 +25,4 @@ at::Tensor grad_of_features(const at::Tensor& grad, const at::Tensor& weight, De
 /// grad^T features: gradient of the weight [N, D].
 at::Tensor grad_of_weight(const at::Tensor& grad, const at::Tensor& features, Descent descent);
 
-/// Sum over rows [N, M], in their order, in double: gradient of the bias [M].
-at::Tensor sum_of_rows(const at::Tensor& rows);
-
 }  // namespace perseid::gates

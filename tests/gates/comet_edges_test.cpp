@@ -154,8 +154,8 @@ TEST(CometEdges, Errors) {
   for (const double min_weight : {-.1, .125, double(NAN)}) {
     EXPECT_EQ(with([&](auto& o) { o.min_weight(min_weight); }),
               "[comet_gate] min_weight=" + to_text(min_weight) +
-                  " is outside [0, 1/num_experts=0.125), where every token keeps an expert; choose "
-                  "0 for exact weights");
+                  " is outside [0, 1/num_experts=0.125), the weight of an expert at equal shares; "
+                  "choose 0 for exact weights");
   }
   CometGate gate(CometGateOptions(4, 8));
   EXPECT_EQ(error_text<ConfigError>([&] {
