@@ -16,11 +16,10 @@ constexpr double kSelectorBound = 0.05;
 
 /// [T, K*bits + K], or [1, ...] if not per token.
 at::Tensor form_logits(const DSelectKGate& gate, const GateInput& input) {
-  const at::ScalarType type = router_compute_type(gate.code_bias);
   const at::Tensor bias = at::cat({gate.code_bias, gate.selector_bias});
-  if (!gate.options().per_token()) return bias.to(type).unsqueeze(0);
+  if (!gate.options().per_token()) return bias.to(router_compute_type(bias)).unsqueeze(0);
   const at::Tensor weight = at::cat({gate.code_weight, gate.selector_weight});
-  return linear_logits(smooth_step_features(input, gate.options().input_norm(), type), weight, bias,
+  return linear_logits(linear_features(input, gate.options().input_norm(), weight), weight, bias,
                        input.valid.value_or(at::Tensor()));
 }
 

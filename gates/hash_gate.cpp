@@ -6,6 +6,7 @@
 
 #include "gates/describe.h"
 #include "gates/fixed_gate.h"
+#include "gates/kernel_types.h"
 #include "kernels/error.h"
 #include "kernels/hash.h"
 #include "kernels/random.h"
@@ -22,8 +23,9 @@ at::Tensor checked_table(const HashGateOptions& options) {
           "is needed with mode=table; give the expert of each key");
   require(table.dim() == 1 && table.numel() > 0 &&
               at::isIntegralType(table.scalar_type(), /*includeBool=*/false),
-          kOperation, "table", std::string(toString(table.scalar_type())) + to_text(table.sizes()),
-          "is not an integer [V] tensor with V >= 1");
+          kOperation, "table", describe(table), "is not an integer [V] tensor with V >= 1");
+  require(!table.is_meta(), kOperation, "table.device", table.device(),
+          "holds no data; move it to the CPU");
   const at::Tensor experts = table.cpu().to(at::kLong).contiguous();
   const int64_t* expert = experts.const_data_ptr<int64_t>();
   for (int64_t key = 0; key < experts.numel(); ++key) {
@@ -49,7 +51,7 @@ HashGate::HashGate(const HashGateOptions& options)
   if (options.mode() == HashMode::kTable) {
     table_ = register_buffer("table", checked_table(options));
   } else {
-    require(!options.table().defined(), kOperation, "table", options.table().defined(),
+    require(!options.table().defined(), kOperation, "table", describe(options.table()),
             "is given, but mode=random does not read it; choose mode=table");
   }
 }
@@ -110,6 +112,7 @@ at::Tensor HashGate::with_more_experts(const at::Tensor& first, const at::Tensor
 
 GateOutput HashGate::forward(const GateInput& input) {
   validate(input, -1, kOperation);
+  stream_of(input.tokens, kOperation);
   require(input.keys.has_value(), kOperation, "keys", "none",
           "are needed: features are never hashed; give an int64 key for each token");
   const at::Tensor keys = input.keys->cpu().contiguous();

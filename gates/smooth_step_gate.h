@@ -17,18 +17,15 @@ namespace perseid::gates {
 /// Throws ConfigError for the options that both kinds have.
 template <typename Options>
 void validate_smooth_step(const Options& options, const char* operation) {
-  require(options.d_model() >= 1, operation, "d_model", options.d_model(),
-          "is below 1; give the width of the tokens");
+  require_d_model(operation, options.d_model());
+  require_product({options.top_k(), options.num_experts(), options.d_model()}, operation,
+                  "top_k*num_experts*d_model");
   // Not a subnormal number in float32: the slope of a switch is divided by it.
   require(options.gamma() > 0 && std::isnormal(static_cast<float>(options.gamma())), operation,
           "gamma", options.gamma(),
           "is not a finite number above 0; choose the width of the switches, 1 by default");
-  const auto require_coefficient = [operation](const char* argument, double value) {
-    require(std::isfinite(value) && value >= 0, operation, argument, value,
-            "is not a finite number from 0 on; choose 0 to switch the loss off");
-  };
-  require_coefficient("entropy_coeff", options.entropy_coeff());
-  require_coefficient("balance_coeff", options.balance_coeff());
+  require_coefficient(operation, "entropy_coeff", options.entropy_coeff());
+  require_coefficient(operation, "balance_coeff", options.balance_coeff());
   options.entropy_schedule().validate(operation);
   const double share = 1.0 / static_cast<double>(options.num_experts());
   require(options.min_weight() >= 0 && options.min_weight() < share, operation, "min_weight",

@@ -10,11 +10,13 @@
 //   PenaltyIsMean       twice the batch: the same gradient, of the size of a mean
 //   Threads             static: 1, 2 and 3 threads, outputs and gradients the same bits
 //   Unused              outputs that reach no loss; NotTwice: a second derivative is refused
+//   SavedBytes          the graph keeps features, logits and weights, no further [T, ...] tensor
 #include <ATen/Parallel.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include "kernels/parallel.h"
 #include "tests/gates/dselect_k_fixture.h"
+#include "tests/gates/live_bytes.h"
 #include "tests/gradcheck.h"
 
 namespace perseid::testing {
@@ -50,6 +52,7 @@ TEST(DSelectKGradient, CentralDifferences) {
       for (const int64_t T : {0, 1, 11}) {
         for (const double gamma : {1.5, 5.}) {
           for (const bool per_token : {true, false}) {
+            if (T < 2 && gamma > 2) continue;
             const bool renormalize = (K > 1) == per_token;
             const double min_weight = gamma > 2 ? .05 : 0;
             const auto gate = random_gate(with_losses(D, E)
@@ -243,6 +246,19 @@ TEST(DSelectKGradient, NotTwice) {
               torch::autograd::grad({loss}, {gate->code_weight}, {}, true, /*create_graph=*/true);
             }),
             "[dselect_k_gate] create_graph=1 is not supported: the gate has no second derivative");
+}
+
+TEST(DSelectKGradient, SavedBytes) {
+  const int64_t T = 2048, D = 64, E = 40, K = 2;
+  const Tensor tokens = random_tensor({T, D}, 1, -1, 1, at::kFloat);
+  const auto gate = random_gate(DSelectKGateOptions(D, E).top_k(K), .1, at::kFloat);
+  const auto live = std::make_shared<LiveBytes>();
+  const c10::DebugInfoGuard guard(c10::DebugInfoKind::PROFILER_STATE, live);
+  const GateOutput output = gate->forward(input_of(tokens));
+  const int64_t A = output.stats.num_assignments;
+  const int64_t logits = K * (kernels::dselect_k_bits(E) + 1) * T, dense_weights = T * E;
+  EXPECT_LE(live->peak, 4 * (logits + dense_weights) + 8 * A + 8 * T + 65536);
+  EXPECT_GE(live->bytes, 4 * (logits + dense_weights) + 8 * A);
 }
 
 }  // namespace

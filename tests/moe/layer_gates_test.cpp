@@ -12,6 +12,7 @@
 #include "gates/gshard_gate.h"
 #include "gates/noisy_top_k_gate.h"
 #include "gates/remoe_gate.h"
+#include "gates/statistical_top_k_gate.h"
 #include "moe/gradients.h"
 #include "tests/moe/layer_fixture.h"
 
@@ -75,6 +76,10 @@ const std::vector<MakeGate>& all_gates() {
       },
       [] { return dselect_k(/*per_token=*/true); },
       [] { return dselect_k(/*per_token=*/false); },
+      [] {
+        return std::make_shared<gates::StatisticalTopKGate>(
+            gates::StatisticalTopKGateOptions(kDModel, kExperts).balance_coeff(.2));
+      },
   };
   return gates;
 }
