@@ -174,6 +174,26 @@ class CometGate(Gate):
         return self.route(tokens, *splits, *leaves, **call)
 
 
+class DSelectKGate(Gate):
+    """top_k selectors by the bits of an expert's number: dense at first, at most top_k later."""
+
+    operation = "dselect_k_gate"
+    loss_names = ("entropy_loss", "penalty_loss", "balance_loss")
+
+    def __init__(self, d_model, num_experts, top_k=2, gamma=1.0, **options):
+        sizes = {"num_experts": num_experts, "top_k": top_k, "gamma": gamma}
+        super().__init__(num_experts, {**sizes, **options})
+        switches = top_k * (num_experts - 1).bit_length()
+        self.code_weight = uniform(switches, d_model, bound=gamma / 100)
+        self.code_bias = uniform(switches, bound=gamma / 100)
+        self.selector_weight = uniform(top_k, d_model, bound=0.05)
+        self.selector_bias = uniform(top_k, bound=0.05)
+
+    def forward(self, tokens, **call):
+        codes = (self.code_weight, self.code_bias)
+        return self.route(tokens, *codes, self.selector_weight, self.selector_bias, **call)
+
+
 class HashGate(Gate):
     """Experts by an integer key; call it with keys=[T] int64."""
 

@@ -25,6 +25,7 @@ GATES = {
     "noisy": lambda d, e: perseid.NoisyTopKGate(d, e, top_k=2),
     "gshard": perseid.GShardGate,
     "remoe": lambda d, e: perseid.ReMoEGate(d, e, top_k=2),
+    "dselectk": lambda d, e: perseid.DSelectKGate(d, e, top_k=2),
     "comet": lambda d, e: perseid.CometGate(d, e, top_k=2, entropy_coeff=0.01, balance_coeff=0.1),
 }
 

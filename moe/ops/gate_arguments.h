@@ -10,6 +10,7 @@ GateOp noisy_top_k_op();
 GateOp gshard_op();
 GateOp remoe_op();
 GateOp comet_op();
+GateOp dselect_k_op();
 GateOp hash_op();
 
 // Arguments of every gate.

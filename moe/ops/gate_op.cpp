@@ -286,8 +286,8 @@ void implement(torch::Library& library) {
 }  // namespace
 
 const std::vector<GateOp>& gate_ops() {
-  static const std::vector<GateOp> ops = {top_k_op(), noisy_top_k_op(), gshard_op(),
-                                          remoe_op(), comet_op(),       hash_op()};
+  static const std::vector<GateOp> ops = {top_k_op(), noisy_top_k_op(), gshard_op(), remoe_op(),
+                                          comet_op(), dselect_k_op(),   hash_op()};
   return ops;
 }
 

@@ -27,6 +27,16 @@ def comet_parameters(num_experts, top_k):
     ]
 
 
+def dselect_k_parameters(num_experts, top_k):
+    bits = math.ceil(math.log2(num_experts))
+    return [
+        leaf(top_k * bits, D, seed=1, scale=3),
+        leaf(top_k * bits, seed=2),
+        leaf(top_k, D, seed=3),
+        leaf(top_k, seed=4),
+    ]
+
+
 # name: list of (tensors by position, options). The first tensor has the tokens.
 CASES = {
     "top_k_gate": [
@@ -47,6 +57,16 @@ CASES = {
             dict(num_experts=E, top_k=K, gamma=2.0, entropy_coeff=0.3, balance_coeff=0.2),
         ),
         ([leaf(T, D), *comet_parameters(5, 1)], dict(num_experts=5, top_k=1, layer_norm=False)),
+    ],
+    "dselect_k_gate": [
+        (
+            [leaf(T, D), *dselect_k_parameters(E, K)],
+            dict(num_experts=E, top_k=K, gamma=2.0, entropy_coeff=0.3, balance_coeff=0.2),
+        ),
+        (
+            [leaf(T, D), *dselect_k_parameters(5, 1)],
+            dict(num_experts=5, top_k=1, renormalize=True, layer_norm=False, gamma=20.0),
+        ),
     ],
     "noisy_top_k_gate": [
         (
@@ -83,6 +103,7 @@ DIFFERENTIABLE = {
     "noisy_top_k_gate": ["tokens", "weight", "noise_weight"],
     "gshard_gate": ["tokens", "weight"],
     "remoe_gate": ["tokens", "weight"],
+    "dselect_k_gate": ["tokens", "code_weight", "code_bias", "selector_weight", "selector_bias"],
     "hash_gate": [],
 }
 
@@ -253,6 +274,31 @@ class Formulas(unittest.TestCase):
         self.close(dense(weights, experts, offsets, num_experts), expected)
         entropy = -(reached * (reached + 1e-6).log()).sum((1, 2)).mean()
         self.close(losses[0], 0.3 * entropy)
+
+    def test_dselect_k(self):
+        num_experts, bits, gamma = 6, 3, 2.0
+        tokens = leaf(T, D)
+        parameters = dselect_k_parameters(num_experts, K)
+        weights, experts, offsets, losses, _ = ops.dselect_k_gate(
+            tokens, *parameters, num_experts=num_experts, top_k=K, gamma=gamma, entropy_coeff=0.3
+        )
+        code_weight, code_bias, selector_weight, selector_bias = parameters
+        features = torch.nn.functional.layer_norm(tokens, [D]) / math.sqrt(D)
+        u = ((features @ code_weight.T + code_bias) / gamma + 0.5).clamp(0, 1)
+        one = (u * u * (3 - 2 * u)).view(T, K, bits)
+        choice = []
+        for expert in range(num_experts):
+            code = [(expert >> (bits - 1 - bit)) & 1 for bit in range(bits)]
+            factors = [one[..., b] if bit else 1 - one[..., b] for b, bit in enumerate(code)]
+            choice.append(torch.stack(factors).prod(0))
+        choice = torch.stack(choice, 2)  # [T, K, E]
+        mixture = (features @ selector_weight.T + selector_bias).softmax(1)
+        self.close(
+            dense(weights, experts, offsets, num_experts), (mixture[..., None] * choice).sum(1)
+        )
+        entropy = -(choice * (choice + 1e-6).log()).sum((1, 2)).mean()
+        penalty = (1 / (1e-6 + choice.sum(2))).sum(1).mean()
+        self.close(losses, torch.stack([0.3 * entropy, penalty, 0 * penalty]))
 
     def test_remoe(self):
         tokens, weight = leaf(T, D), leaf(E, D, seed=1)
