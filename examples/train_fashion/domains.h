@@ -43,4 +43,8 @@ std::vector<int32_t> pixel_permutation(uint64_t data_seed);
 /// Gives each image its domain, drawn uniformly from (data_seed, its number), once for all runs.
 DomainData make_domains(const FashionMnist& images, uint64_t data_seed);
 
+/// For choosing settings: the last `count` training images take the place of the test images, and
+/// are trained on no more. Throws ConfigError unless 0 < count < number of training images.
+DomainData validation_split(const DomainData& data, int64_t count);
+
 }  // namespace perseid::examples

@@ -8,6 +8,7 @@
 
 #include "comm/collectives.h"
 #include "gates/baseline_gates.h"
+#include "gates/comet_gate.h"
 #include "gates/hash_gate.h"
 #include "gates/top_k_gate.h"
 #include "moe/grouped_mlp.h"
@@ -20,8 +21,22 @@ gates::TopKGateOptions router_options(const TrainOptions& options) {
       .top_k(options.top_k)
       .aux_loss_coeff(options.aux_loss_coeff)
       .z_loss_coeff(options.z_loss_coeff)
+      .balance_coeff(options.balance_coeff)
       .input_norm(gates::InputNorm::kLayerNorm)
       .bias(true)
+      .seed(options.seed);
+}
+
+/// Options of the gates of smooth-step switches.
+template <typename GateOptions>
+GateOptions switch_options(const TrainOptions& options) {
+  return GateOptions(kImagePixels, options.num_experts)
+      .top_k(options.top_k)
+      .gamma(options.gamma)
+      .entropy_coeff(options.entropy_coeff)
+      .entropy_schedule({options.entropy_ramp})
+      .balance_coeff(options.balance_coeff)
+      .hard_eval(options.hard_eval)
       .seed(options.seed);
 }
 
@@ -30,12 +45,15 @@ std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options) {
     case GateKind::kSingle:
       return std::make_shared<gates::SingleGate>(options.num_experts);
     case GateKind::kHash:
+    case GateKind::kOracle:
       return std::make_shared<gates::HashGate>(
           gates::HashGateOptions(options.num_experts)
               .mode(gates::HashMode::kTable)
               .table(at::arange(options.num_experts, at::kLong)));
     case GateKind::kDense:
       return std::make_shared<gates::DenseGate>(router_options(options).aux_loss_coeff(0));
+    case GateKind::kComet:
+      return std::make_shared<gates::CometGate>(switch_options<gates::CometGateOptions>(options));
     case GateKind::kTopK:
       break;
   }
@@ -88,7 +106,9 @@ std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOption
 MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys,
                      const TrainOptions& options) {
   MoEInput input(pixels.to(tensor_type(options.dtype)).div_(255));
-  if (options.gate == GateKind::kHash) input.keys = keys.remainder(options.num_experts);
+  if (options.gate == GateKind::kHash || options.gate == GateKind::kOracle) {
+    input.keys = keys.remainder(options.num_experts);
+  }
   return input;
 }
 

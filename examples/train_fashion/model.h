@@ -17,7 +17,7 @@ std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOption
 
 /// What the layer reads for a batch of raw images.
 /// @param pixels  [n, 784] uint8
-/// @param keys    [n] int64
+/// @param keys    [n] int64, of the hash and oracle gates: the expert is the key mod E
 MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys, const TrainOptions& options);
 
 /// All parameters in global expert order. Collective: experts are collected from their ranks.

@@ -19,9 +19,13 @@ const std::map<std::string, kernels::DType> kDTypes = {{"float32", kernels::DTyp
 const std::map<std::string, std::vector<GateKind>> kGates = {
     {"single", {GateKind::kSingle}},
     {"hash", {GateKind::kHash}},
+    {"oracle", {GateKind::kOracle}},
     {"topk", {GateKind::kTopK}},
+    {"comet", {GateKind::kComet}},
     {"dense", {GateKind::kDense}},
-    {"all", {GateKind::kSingle, GateKind::kHash, GateKind::kTopK, GateKind::kDense}}};
+    {"all",
+     {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kComet,
+      GateKind::kDense}}};
 
 template <typename T>
 std::vector<std::string> keys_of(const std::map<std::string, T>& table) {
@@ -65,18 +69,19 @@ constexpr int64_t kMany = 1'000'000'000;
 void add_model_flags(CLI::App& app, TrainOptions& train, std::string& gate, std::string& dtype,
                      std::string& task) {
   app.add_option("--task", task, "what to learn: each image shown through one of 4 transforms")
-      ->check(one_of({"domains"}))
+      ->check(one_of({"domains", "multi"}))
       ->capture_default_str()
       ->group("Model");
   app.add_option("--gate", gate, "the gate; all runs each in turn and compares them")
-      ->check(one_of({"single", "hash", "topk", "dense", "all"}))
+      ->check(one_of({"single", "hash", "oracle", "topk", "comet", "dense", "all"}))
       ->capture_default_str()
       ->group("Model");
   app.add_option("--num-experts", train.num_experts, "linear experts, over all ranks")
       ->check(in_range<int64_t>(1, 4096))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--moe-router-topk,--top-k", train.top_k, "experts per image of the topk gate")
+  app.add_option("--moe-router-topk,--top-k", train.top_k,
+                 "experts per image of the topk gate, trees of the comet gate")
       ->check(in_range<int64_t>(1, 4096))
       ->capture_default_str()
       ->group("Model");
@@ -90,6 +95,28 @@ void add_model_flags(CLI::App& app, TrainOptions& train, std::string& gate, std:
                  "coefficient of the z-loss of the router")
       ->check(in_range<double>(0, 1e6))
       ->capture_default_str()
+      ->group("Model");
+  app.add_option("--balance-coeff", train.balance_coeff,
+                 "coefficient of the negative entropy of the mean weights, which keeps experts "
+                 "from dying out")
+      ->check(in_range<double>(0, 1e6))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--gamma", train.gamma, "width of the switches of the comet gate")
+      ->check(in_range<double>(1e-6, 1e6))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--entropy-coeff", train.entropy_coeff,
+                 "coefficient of the entropy of the trees, which makes them choose one leaf")
+      ->check(in_range<double>(0, 1e6))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--entropy-ramp", train.entropy_ramp,
+                 "share of the run over which --entropy-coeff grows linearly from 0")
+      ->check(in_range<double>(0, 1))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_flag("--hard-eval", train.hard_eval, "in the test each tree takes its largest leaf alone")
       ->group("Model");
   app.add_option("--moe-expert-capacity-factor,--capacity-factor", train.capacity_factor,
                  "room of an expert as a multiple of its fair share of the images of a rank; 0 "
@@ -107,6 +134,16 @@ void add_training_flags(CLI::App& app, ProgramOptions& options) {
   TrainOptions& train = options.train;
   app.add_option("--lr", train.lr, "learning rate of Adam")
       ->check(in_range<double>(1e-12, 1e3))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--gate-lr-factor", train.gate_lr_factor,
+                 "learning rate of the gate as a multiple of --lr")
+      ->check(in_range<double>(1e-6, 1e6))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--lr-decay", train.lr_decay,
+                 "share of the run, at its end, over which learning rates fall linearly to 0")
+      ->check(in_range<double>(0, 1))
       ->capture_default_str()
       ->group("Training");
   app.add_option("--global-batch-size", train.global_batch_size, "images of a step, over all ranks")
@@ -128,6 +165,11 @@ void add_training_flags(CLI::App& app, ProgramOptions& options) {
       ->group("Training");
   app.add_option("--data-seed", options.data_seed, "seed of the domains and the pixel permutation")
       ->check(in_range<int64_t>(0, INT64_MAX))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--validation-images", options.validation_images,
+                 "for choosing settings: test on the last N training images, train on the others")
+      ->check(in_range<int64_t>(0, kMany))
       ->capture_default_str()
       ->group("Training");
   app.add_option("--data", options.data,
@@ -204,6 +246,9 @@ CommandLine parse_command_line(int argc, const char* const* argv) {
 
   try {
     app.parse(argc, argv);
+    if (task == "multi") {
+      throw CLI::ValidationError("--task", "multi is not part of this version; choose domains");
+    }
     options.gates = kGates.at(gate);
     options.train.dtype = kDTypes.at(dtype);
     if (options.train.top_k > options.train.num_experts) {
@@ -242,9 +287,13 @@ uint32_t config_hash(const ProgramOptions& options) {
     add(static_cast<uint64_t>(value));
   }
   for (const double value :
-       {train.aux_loss_coeff, train.z_loss_coeff, train.capacity_factor, train.lr}) {
+       {train.aux_loss_coeff, train.z_loss_coeff, train.balance_coeff, train.gamma,
+        train.entropy_coeff, train.entropy_ramp, train.capacity_factor, train.lr,
+        train.gate_lr_factor, train.lr_decay}) {
     add_real(value);
   }
+  add(train.hard_eval ? 1 : 0);
+  add(static_cast<uint64_t>(options.validation_images));
   add(static_cast<uint64_t>(train.dtype));
   add(options.data_seed);
   return static_cast<uint32_t>(key.value >> 32);

@@ -48,6 +48,9 @@ const DomainData& SharedImages::load(const ProgramOptions& options, const comm::
     const DataSet set = fashion_mnist_set();
     folder_ = find_data_folder(set, data_places(set, options.data, comm::process_environment()));
     images_ = make_domains(load_fashion_mnist(folder_), options.data_seed);
+    if (options.validation_images > 0) {
+      images_ = validation_split(*images_, options.validation_images);
+    }
   });
   return *images_;
 }

@@ -24,6 +24,12 @@ std::string gate_text(GateKind gate, const TrainOptions& train) {
       return format_text("single  (expert 0 of %lld for all)", experts);
     case GateKind::kHash:
       return format_text("hash  (floor(1000 * sum of pixels) mod %lld)", experts);
+    case GateKind::kOracle:
+      return format_text("oracle  (the domain, mod %lld)", experts);
+    case GateKind::kComet:
+      return format_text("comet  (at most k=%lld of %lld, one a tree; gamma %g%s)",
+                         static_cast<long long>(train.top_k), experts, train.gamma,
+                         train.hard_eval ? ", hard in the test" : "");
     case GateKind::kDense:
       return format_text("dense  (all %lld, softmax)", experts);
     case GateKind::kTopK:
@@ -71,6 +77,9 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
   }
   settings.push_back(
       {"aux loss, z-loss", format_text("%g, %g", train.aux_loss_coeff, train.z_loss_coeff)});
+  settings.push_back({"balance", format_text("%g", train.balance_coeff)});
+  settings.push_back({"entropy of switches", format_text("%g, from 0 over %g of the run",
+                                                         train.entropy_coeff, train.entropy_ramp)});
   settings.push_back({"capacity factor", train.capacity_factor > 0
                                              ? format_text("%g", train.capacity_factor)
                                              : std::string("0 (dropless)")});
@@ -79,8 +88,9 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
                                                                        : "float32";
   settings.push_back({"dtype", dtype});
   settings.push_back({"data", folder});
-  settings.push_back({"images", count_text(data.train.size()) + " training, " +
-                                    count_text(data.test.size()) + " test"});
+  settings.push_back(
+      {"images", count_text(data.train.size()) + " training, " + count_text(data.test.size()) +
+                     (options.validation_images > 0 ? " held out of them as test" : " test")});
   settings.push_back({"data seed", std::to_string(options.data_seed)});
   std::string seeds;
   for (const uint64_t seed : options.seeds) {
@@ -88,7 +98,9 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
     seeds += std::to_string(seed);
   }
   settings.push_back({"seeds", seeds});
-  settings.push_back({"optimizer", format_text("Adam, lr %g", train.lr)});
+  settings.push_back(
+      {"optimizer", format_text("Adam, lr %g (gate %g), down to 0 over the last %g", train.lr,
+                                train.lr * train.gate_lr_factor, train.lr_decay)});
   settings.push_back({"global batch", count_text(train.global_batch_size) + " images"});
   const int64_t steps = num_steps(train, data.train.size());
   settings.push_back(

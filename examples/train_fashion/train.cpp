@@ -2,7 +2,6 @@
 
 #include <ATen/Functions.h>
 #include <c10/core/GradMode.h>
-#include <torch/optim/adam.h>
 
 #include <algorithm>
 #include <chrono>
@@ -12,6 +11,8 @@
 #include "comm/collectives.h"
 #include "examples/train_fashion/metrics.h"
 #include "examples/train_fashion/model.h"
+#include "examples/train_fashion/optimizer.h"
+#include "examples/train_fashion/shard.h"
 #include "moe/gradients.h"
 
 namespace perseid::examples {
@@ -29,16 +30,16 @@ double seconds_since(Clock::time_point start) {
 
 /// Tensors over the images, without a copy.
 struct ImageTensors {
-  explicit ImageTensors(const DomainImages& images)
+  ImageTensors(const DomainImages& images, GateKind gate)
       : pixels(view(images.pixels, at::kByte).view({images.size(), kImagePixels})),
         labels(view(images.labels, at::kLong)),
         domains(view(images.domains, at::kLong)),
-        keys(view(images.keys, at::kLong)) {}
+        keys(gate == GateKind::kOracle ? domains : view(images.keys, at::kLong)) {}
 
   at::Tensor pixels;
   at::Tensor labels;
   at::Tensor domains;
-  at::Tensor keys;
+  at::Tensor keys;  // what gates without features route by
 
  private:
   template <typename T>
@@ -48,19 +49,6 @@ struct ImageTensors {
                          dtype);
   }
 };
-
-/// The images of this rank in a batch of `count` images: contiguous, none on idle ranks.
-struct Shard {
-  int64_t begin = 0;
-  int64_t size = 0;
-};
-Shard shard_of(int64_t count, const comm::Group& world, int64_t idle_ranks) {
-  const int64_t working = world.size() - idle_ranks;
-  const int64_t rank = std::min<int64_t>(world.rank(), working);
-  const int64_t begin = rank * count / working;
-  const int64_t end = std::min(rank + 1, working) * count / working;
-  return Shard{begin, end - begin};
-}
 
 void check_options(const TrainOptions& options, const comm::Group& world, int64_t num_images) {
   require(options.global_batch_size >= 1 && options.global_batch_size <= num_images, kOperation,
@@ -72,8 +60,13 @@ void check_options(const TrainOptions& options, const comm::Group& world, int64_
               std::to_string(world.size() - 1));
   require(options.log_interval >= 1, kOperation, "log_interval", options.log_interval,
           "must be at least 1");
-  require(std::isfinite(options.lr) && options.lr > 0, kOperation, "lr", options.lr,
-          "must be above 0");
+  const auto require_rate = [](const char* argument, double rate) {
+    require(std::isfinite(rate) && rate > 0, kOperation, argument, rate, "must be above 0");
+  };
+  require_rate("lr", options.lr);
+  require_rate("gate_lr_factor", options.gate_lr_factor);
+  require(options.lr_decay >= 0 && options.lr_decay <= 1, kOperation, "lr_decay", options.lr_decay,
+          "is a share of the run; choose 0 to 1");
 }
 
 /// Sums since the last report. Losses are those of this rank, loads already those of all.
@@ -141,7 +134,7 @@ at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& labels)
 void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& options,
            const OnReport& on_report, RunResult& result) {
   const comm::Group& world = layer.groups().world;
-  torch::optim::Adam optimizer(layer.parameters(), torch::optim::AdamOptions(options.lr));
+  GateAdam optimizer(layer, layer.gates(), options);
   const int64_t num_images = images.labels.size(0);
   const int64_t steps_per_epoch = num_images / options.global_batch_size;
   const Shard shard = shard_of(options.global_batch_size, world, options.idle_ranks);
@@ -172,7 +165,7 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
     optimizer.zero_grad();
     loss.backward();
     sum_gradients(layer, layer.groups());
-    optimizer.step();
+    optimizer.step(input.progress);
     layer.after_step(output.stats);
 
     result.losses.push_back(loss.item<double>());
@@ -247,8 +240,12 @@ const char* gate_name(GateKind gate) {
       return "single";
     case GateKind::kHash:
       return "hash";
+    case GateKind::kOracle:
+      return "oracle";
     case GateKind::kTopK:
       return "topk";
+    case GateKind::kComet:
+      return "comet";
     case GateKind::kDense:
       return "dense";
   }
@@ -257,12 +254,28 @@ const char* gate_name(GateKind gate) {
 
 ParameterCount count_parameters(const TrainOptions& options) {
   const int64_t expert = kImagePixels * kNumClasses + kNumClasses;
-  const bool has_router = options.gate == GateKind::kTopK || options.gate == GateKind::kDense;
-  const int64_t router = has_router ? options.num_experts * (kImagePixels + 1) : 0;
-  const int64_t selected = options.gate == GateKind::kTopK    ? options.top_k
-                           : options.gate == GateKind::kDense ? options.num_experts
-                                                              : 1;
-  return {router + options.num_experts * expert, router + selected * expert};
+  const int64_t E = options.num_experts;
+  int64_t linear_outputs = 0;  // of the gate
+  int64_t selected = 1;
+  switch (options.gate) {
+    case GateKind::kSingle:
+    case GateKind::kHash:
+    case GateKind::kOracle:
+      break;
+    case GateKind::kTopK:
+      linear_outputs = E;
+      selected = options.top_k;
+      break;
+    case GateKind::kComet:
+      linear_outputs = E > 1 ? options.top_k * (2 * E - 1) : 0;
+      selected = options.top_k;
+      break;
+    case GateKind::kDense:
+      linear_outputs = E;
+      selected = E;
+  }
+  const int64_t router = linear_outputs * (kImagePixels + 1);
+  return {router + E * expert, router + selected * expert};
 }
 
 int64_t num_steps(const TrainOptions& options, int64_t num_images) {
@@ -277,9 +290,9 @@ RunResult train_domains(const comm::Group& world, const DomainData& data,
   RunResult result;
   comm::barrier(world);
   const auto start = Clock::now();
-  train(*layer, ImageTensors(data.train), options, on_report, result);
+  train(*layer, ImageTensors(data.train, options.gate), options, on_report, result);
   result.seconds = seconds_since(start);
-  evaluate(*layer, ImageTensors(data.test), options, result);
+  evaluate(*layer, ImageTensors(data.test, options.gate), options, result);
   result.weights = collect_weights(*layer, options.num_experts);
   return result;
 }

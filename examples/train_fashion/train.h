@@ -10,19 +10,26 @@
 
 namespace perseid::examples {
 
-enum class GateKind : uint8_t { kSingle, kHash, kTopK, kDense };
+enum class GateKind : uint8_t { kSingle, kHash, kOracle, kTopK, kComet, kDense };
 const char* gate_name(GateKind gate);
 
-/// Settings of one run; defaults are the published protocol of the mixture of domains.
+/// Settings of one run; defaults are the recipe of README.md.
 struct TrainOptions {
   GateKind gate = GateKind::kTopK;
   int64_t num_experts = 8;
   int64_t top_k = 2;
   double aux_loss_coeff = 0;
   double z_loss_coeff = 0;
-  double capacity_factor = 0;  ///< 0: dropless
+  double balance_coeff = 0.25;  ///< of gates::balance_entropy_loss, for gates with weights to train
+  double gamma = 1;             ///< width of the switches of COMET
+  double entropy_coeff = 0.3;   ///< pulls its trees to one leaf
+  double entropy_ramp = 0.5;    ///< share of the run over which entropy_coeff grows from 0
+  bool hard_eval = false;       ///< in the test each of its trees takes one leaf
+  double capacity_factor = 0;   ///< 0: dropless
   kernels::DType dtype = kernels::DType::kFloat32;
   double lr = 1e-3;
+  double gate_lr_factor = 3;        ///< the gate's learning rate is this times lr
+  double lr_decay = 0.3;            ///< share of the run, at its end, over which both fall to 0
   int64_t global_batch_size = 256;  ///< images of a step, over all ranks
   int64_t epochs = 6;
   int64_t train_iters = 0;     ///< 0: as many steps as `epochs` take
@@ -32,12 +39,17 @@ struct TrainOptions {
   int64_t log_interval = 100;  ///< steps between two reports
 };
 
-/// Parameters of the whole model and those that one image meets.
+/// Parameters of the whole model and those that one image meets; of COMET, once its trees have
+/// become hard.
 struct ParameterCount {
   int64_t total = 0;
   int64_t active = 0;
 };
 ParameterCount count_parameters(const TrainOptions& options);
+
+/// Learning rate of the experts after the share `progress` of the run: lr, then a straight line to
+/// 0 over the last lr_decay of it.
+double learning_rate(const TrainOptions& options, double progress);
 
 /// Steps of a run: train_iters, or epochs without their last incomplete batch.
 int64_t num_steps(const TrainOptions& options, int64_t num_images);

@@ -97,7 +97,7 @@ TEST(Json, LinesAndErrors) {
   none.write({{"a", int64_t{1}}});
 }
 
-TEST(CommandLine, DefaultsAreTheProtocol) {
+TEST(CommandLine, DefaultsAreTheRecipe) {
   const CommandLine line = parse({});
   ASSERT_TRUE(line.run) << line.text;
   const TrainOptions& train = line.options.train;
@@ -109,6 +109,14 @@ TEST(CommandLine, DefaultsAreTheProtocol) {
   EXPECT_EQ(train.epochs, 6);
   EXPECT_EQ(train.aux_loss_coeff, 0);
   EXPECT_EQ(train.lr, 1e-3);
+  EXPECT_EQ(train.gate_lr_factor, 3);
+  EXPECT_EQ(train.lr_decay, .3);
+  EXPECT_EQ(train.balance_coeff, .25);
+  EXPECT_EQ(train.gamma, 1);
+  EXPECT_EQ(train.entropy_coeff, .3);
+  EXPECT_EQ(train.entropy_ramp, .5);
+  EXPECT_FALSE(train.hard_eval);
+  EXPECT_EQ(line.options.validation_images, 0);
   EXPECT_EQ(num_steps(train, 60000), 1404);
 }
 
@@ -139,11 +147,32 @@ TEST(CommandLine, BothNamesOfAFlag) {
   }
 }
 
+TEST(CommandLine, SettingsOfTheRecipe) {
+  struct Case {
+    const char* flag;
+    double TrainOptions::*member;
+  };
+  for (const Case& c : {Case{"--balance-coeff", &TrainOptions::balance_coeff},
+                        Case{"--gamma", &TrainOptions::gamma},
+                        Case{"--entropy-coeff", &TrainOptions::entropy_coeff},
+                        Case{"--entropy-ramp", &TrainOptions::entropy_ramp},
+                        Case{"--gate-lr-factor", &TrainOptions::gate_lr_factor},
+                        Case{"--lr-decay", &TrainOptions::lr_decay}}) {
+    const CommandLine line = parse({c.flag, "0.75"});
+    ASSERT_TRUE(line.run) << line.text;
+    EXPECT_EQ(line.options.train.*c.member, .75) << c.flag;
+    EXPECT_NE(config_hash(line.options), config_hash(parse({}).options)) << c.flag;
+  }
+  EXPECT_TRUE(parse({"--hard-eval"}).options.train.hard_eval);
+  EXPECT_EQ(parse({"--validation-images", "10000"}).options.validation_images, 10000);
+}
+
 TEST(CommandLine, SeveralSeedsAndAllGates) {
   const CommandLine line = parse({"--gate", "all", "--seeds", "0", "1", "2"});
   ASSERT_TRUE(line.run) << line.text;
-  EXPECT_EQ(line.options.gates, (std::vector<GateKind>{GateKind::kSingle, GateKind::kHash,
-                                                       GateKind::kTopK, GateKind::kDense}));
+  EXPECT_EQ(line.options.gates,
+            (std::vector<GateKind>{GateKind::kSingle, GateKind::kHash, GateKind::kOracle,
+                                   GateKind::kTopK, GateKind::kComet, GateKind::kDense}));
   EXPECT_EQ(line.options.seeds, (std::vector<uint64_t>{0, 1, 2}));
 }
 
@@ -153,8 +182,17 @@ TEST(CommandLine, WrongValues) {
     std::vector<const char*> parts;  // of the text: flag, value, limit
   };
   for (const Case& c : std::vector<Case>{
-           {{"--gate", "comet"}, {"--gate", "comet", "{single,hash,topk,dense,all}"}},
-           {{"--task", "multi"}, {"--task", "multi", "{domains}"}},
+           {{"--gate", "commet"},
+            {"--gate", "commet", "{single,hash,oracle,topk,comet,dense,all}"}},
+           {{"--task", "single"}, {"--task", "single", "{domains,multi}"}},
+           {{"--task", "multi"}, {"--task", "multi", "choose domains"}},
+           {{"--gamma", "0"}, {"--gamma", "value 0", "1e-06 to"}},
+           {{"--entropy-ramp", "1.5"}, {"--entropy-ramp", "value 1.5", "0 to 1"}},
+           {{"--entropy-coeff", "-1"}, {"--entropy-coeff", "value -1", "0 to"}},
+           {{"--balance-coeff", "-1"}, {"--balance-coeff", "value -1", "0 to"}},
+           {{"--gate-lr-factor", "0"}, {"--gate-lr-factor", "value 0", "1e-06 to"}},
+           {{"--lr-decay", "2"}, {"--lr-decay", "value 2", "0 to 1"}},
+           {{"--validation-images", "-1"}, {"--validation-images", "value -1", "0 to"}},
            {{"--num-experts", "0"}, {"--num-experts", "value 0", "1 to 4096"}},
            {{"--num-experts", "-3"}, {"--num-experts", "value -3", "1 to 4096"}},
            {{"--num-experts", "many"}, {"--num-experts", "many", "1 to 4096"}},
@@ -188,8 +226,9 @@ TEST(CommandLine, HelpShowsDefaultsAndRanges) {
   const CommandLine line = parse({"--help"});
   EXPECT_FALSE(line.run);
   EXPECT_EQ(line.exit_code, 0);
-  for (const char* part : {"--moe-router-topk,--top-k", "1 to 4096", "=8", "images of a step",
-                           "{single,hash,topk,dense,all}", "the protocol of this task has 0"}) {
+  for (const char* part :
+       {"--moe-router-topk,--top-k", "1 to 4096", "=8", "images of a step",
+        "{single,hash,oracle,topk,comet,dense,all}", "the protocol of this task has 0"}) {
     EXPECT_NE(line.text.find(part), std::string::npos) << part << " in:\n" << line.text;
   }
 }
@@ -204,6 +243,8 @@ TEST(CommandLine, ConfigHashTellsSettingsApart) {
                                              {"--dtype", "float64"},
                                              {"--data-seed", "1"},
                                              {"--ep-size", "1"},
+                                             {"--hard-eval"},
+                                             {"--validation-images", "9"},
                                              {"--train-iters", "1"}}) {
     EXPECT_NE(first, config_hash(parse(flags).options)) << flags[0];
   }
