@@ -15,8 +15,6 @@
 namespace perseid::examples {
 namespace {
 
-std::string count_text(int64_t count) { return with_commas(static_cast<long long>(count)); }
-
 std::string gate_text(GateKind gate, const TrainOptions& train) {
   const auto experts = static_cast<long long>(train.num_experts);
   switch (gate) {
@@ -39,10 +37,18 @@ std::string gate_text(GateKind gate, const TrainOptions& train) {
                      static_cast<long long>(train.top_k), experts);
 }
 
-std::string mean_text(const std::vector<FinishedRun>& runs, const char* format,
-                      const std::function<double(const RunResult&)>& value) {
+std::string mean_of_runs(const std::vector<FinishedRun>& runs, const char* format,
+                         const std::function<double(const RunResult&)>& value) {
   std::vector<double> values;
   for (const FinishedRun& run : runs) values.push_back(value(run.result));
+  return mean_text(values, format);
+}
+
+}  // namespace
+
+std::string count_text(int64_t count) { return with_commas(static_cast<long long>(count)); }
+
+std::string mean_text(const std::vector<double>& values, const char* format) {
   const MeanAndError mean = mean_and_error(values);
   const auto number = [format](double x) {
     std::array<char, 64> text{};
@@ -53,7 +59,12 @@ std::string mean_text(const std::vector<FinishedRun>& runs, const char* format,
                             : number(mean.mean) + " ±" + number(mean.standard_error);
 }
 
-}  // namespace
+TaskFacts facts_of(const DomainData& data, const ProgramOptions& options) {
+  return {"domains  (4 transforms, linear experts 784 -> 10)",
+          count_text(data.train.size()) + " training, " + count_text(data.test.size()) +
+              (options.validation_images > 0 ? " held out of them as test" : " test"),
+          data.train.size(), [](const TrainOptions& train) { return count_parameters(train); }};
+}
 
 std::string version_line(const comm::LaunchInfo& launch, const comm::Group& world, int num_hosts) {
   return format_text("perseid %s | LibTorch %d.%d.%d | %s | %s", PERSEID_VERSION,
@@ -62,19 +73,20 @@ std::string version_line(const comm::LaunchInfo& launch, const comm::Group& worl
 }
 
 std::string start_table(const ProgramOptions& options, const std::string& folder,
-                        const DomainData& data, int num_ranks, int64_t threads) {
+                        const TaskFacts& facts, int num_ranks, int64_t threads) {
   const TrainOptions& train = options.train;
   std::vector<Setting> settings;
-  settings.push_back({"task", "domains  (4 transforms, linear experts 784 -> 10)"});
+  settings.push_back({"task", facts.task});
   for (const GateKind gate : options.gates) settings.push_back({"gate", gate_text(gate, train)});
   for (const GateKind gate : options.gates) {
     TrainOptions run = train;
     run.gate = gate;
-    const ParameterCount count = count_parameters(run);
+    const ParameterCount count = facts.count(run);
     settings.push_back(
         {std::string("parameters ") + gate_name(gate),
          count_text(count.total) + " total, " + count_text(count.active) + " active per image"});
   }
+  settings.push_back({"input of gates", train.input_norm ? "LayerNorm(x) / sqrt(D)" : "pixels"});
   settings.push_back(
       {"aux loss, z-loss", format_text("%g, %g", train.aux_loss_coeff, train.z_loss_coeff)});
   settings.push_back({"balance", format_text("%g", train.balance_coeff)});
@@ -88,9 +100,7 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
                                                                        : "float32";
   settings.push_back({"dtype", dtype});
   settings.push_back({"data", folder});
-  settings.push_back(
-      {"images", count_text(data.train.size()) + " training, " + count_text(data.test.size()) +
-                     (options.validation_images > 0 ? " held out of them as test" : " test")});
+  settings.push_back({"images", facts.images});
   settings.push_back({"data seed", std::to_string(options.data_seed)});
   std::string seeds;
   for (const uint64_t seed : options.seeds) {
@@ -102,7 +112,7 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
       {"optimizer", format_text("Adam, lr %g (gate %g), down to 0 over the last %g", train.lr,
                                 train.lr * train.gate_lr_factor, train.lr_decay)});
   settings.push_back({"global batch", count_text(train.global_batch_size) + " images"});
-  const int64_t steps = num_steps(train, data.train.size());
+  const int64_t steps = num_steps(train, facts.num_images);
   settings.push_back(
       {"steps", count_text(steps) +
                     (train.train_iters > 0
@@ -155,13 +165,14 @@ std::string final_table(const std::vector<FinishedRun>& runs) {
         std::find_if(runs.begin() + static_cast<std::ptrdiff_t>(first), runs.end(),
                      [&](const FinishedRun& run) { return run.gate != runs[first].gate; });
     const std::vector<FinishedRun> same(runs.begin() + static_cast<std::ptrdiff_t>(first), other);
-    rows.push_back({gate_name(same.front().gate),
-                    mean_text(same, "%.4f", [](const RunResult& r) { return r.accuracy; }),
-                    mean_text(same, "%.4f", [](const RunResult& r) { return r.cross_entropy; }),
-                    mean_text(same, "%.2f", [](const RunResult& r) { return r.experts_per_token; }),
-                    mean_text(same, "%.2f", [](const RunResult& r) { return r.max_vio; }),
-                    mean_text(same, "%.2f", [](const RunResult& r) { return r.domain_nmi; }),
-                    mean_text(same, "%.1f", [](const RunResult& r) { return r.seconds; })});
+    rows.push_back(
+        {gate_name(same.front().gate),
+         mean_of_runs(same, "%.4f", [](const RunResult& r) { return r.accuracy; }),
+         mean_of_runs(same, "%.4f", [](const RunResult& r) { return r.cross_entropy; }),
+         mean_of_runs(same, "%.2f", [](const RunResult& r) { return r.experts_per_token; }),
+         mean_of_runs(same, "%.2f", [](const RunResult& r) { return r.max_vio; }),
+         mean_of_runs(same, "%.2f", [](const RunResult& r) { return r.domain_nmi; }),
+         mean_of_runs(same, "%.1f", [](const RunResult& r) { return r.seconds; })});
     first += same.size();
   }
   return results_table(
@@ -187,11 +198,11 @@ JsonObject result_json(const FinishedRun& run, const TrainOptions& options, int 
           {"seconds", result.seconds}};
 }
 
-void write_dump(const std::string& path, const FinishedRun& run, int num_ranks) {
-  JsonObject object{{"gate", std::string(gate_name(run.gate))},
-                    {"ranks", int64_t{num_ranks}},
-                    {"losses", run.result.losses}};
-  for (const WeightDump& weight : run.result.weights) {
+void write_dump(const std::string& path, GateKind gate, int num_ranks,
+                const std::vector<double>& losses, const std::vector<WeightDump>& weights) {
+  JsonObject object{
+      {"gate", std::string(gate_name(gate))}, {"ranks", int64_t{num_ranks}}, {"losses", losses}};
+  for (const WeightDump& weight : weights) {
     object.push_back({weight.name + ".shape", weight.shape});
     object.push_back({weight.name, weight.values});
   }
