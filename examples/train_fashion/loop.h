@@ -34,6 +34,8 @@ class Meter {
   explicit Meter(const TrainOptions& options);
   /// @param cross_entropy  this rank's share of the mean over the batch
   void add(double cross_entropy, const MoEOutput& output);
+  /// Leaves out what passed since `start`: time that was no training.
+  void skip_since(Clock::time_point start) { start_ += Clock::now() - start; }
   /// Collective. Loads are those of all gates together.
   StepReport report(int64_t step, int64_t num_steps, const comm::Group& world);
 

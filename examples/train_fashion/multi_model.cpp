@@ -51,9 +51,12 @@ int64_t selected_experts(const TrainOptions& options) {
     case GateKind::kTopK:
     case GateKind::kComet:
       return options.top_k;
-    default:
-      return 1;
+    case GateKind::kSingle:
+    case GateKind::kHash:
+    case GateKind::kOracle:
+      break;
   }
+  return 1;
 }
 
 }  // namespace

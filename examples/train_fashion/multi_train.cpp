@@ -73,7 +73,8 @@ std::array<at::Tensor, kNumTasks> cross_entropy_sums(const MultiOutput& output,
   return sums;
 }
 
-MultiScore evaluate(MultiModel& model, const ImagePairs& pairs, const TrainOptions& options) {
+/// Collective.
+MultiScore score_of(MultiModel& model, const ImagePairs& pairs, const TrainOptions& options) {
   const c10::NoGradGuard no_grad;
   model.eval();
   const comm::Group& world = model.layer().groups().world;
@@ -126,6 +127,14 @@ class Trainer {
     }
     seconds_ += seconds_since(start);
     return sums.finish(world_);
+  }
+
+  /// Collective. With the weights as they are.
+  MultiScore evaluate(const ImagePairs& pairs) {
+    const auto start = Clock::now();
+    const MultiScore score = score_of(model_, pairs, options_);
+    meter_.skip_since(start);
+    return score;
   }
 
   bool finished() const { return step_ == num_steps_; }
@@ -218,14 +227,14 @@ MultiResult train_multi(const comm::Group& world, const MultiData& data,
     EpochScore score;
     score.epoch = static_cast<int64_t>(result.epochs.size()) + 1;
     score.train = trainer.train_epoch();
-    score.validation = evaluate(trainer.model(), data.validation, options.train);
+    score.validation = trainer.evaluate(data.validation);
     result.epochs.push_back(score);
     if (on_epoch) on_epoch(score);
     const bool better = result.best_epoch == 0 || score.validation.mean_cross_entropy() <
                                                       result.best().validation.mean_cross_entropy();
     if (better) {
       result.best_epoch = score.epoch;
-      result.test = evaluate(trainer.model(), data.test, options.train);
+      result.test = trainer.evaluate(data.test);
     }
   }
   result.losses = trainer.losses();
