@@ -131,6 +131,11 @@ void set_defaults(int argc, const char* const* argv, ProgramOptions& options, Wo
   options.experts = defaults.experts;
 }
 
+std::vector<std::string> gate_words(Task task) {
+  if (task == Task::kMulti) return {"single", "topk", "comet", "dense", "all"};
+  return {"single", "hash", "oracle", "topk", "comet", "dense", "all"};
+}
+
 void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
   TrainOptions& train = options.train;
   add_task_flags(app, words);
@@ -140,7 +145,7 @@ void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
       ->capture_default_str()
       ->group("Model");
   app.add_option("--gate", words.gate, "the gate; all runs each in turn and compares them")
-      ->check(one_of({"single", "hash", "oracle", "topk", "comet", "dense", "all"}))
+      ->check(one_of(gate_words(options.task)))
       ->capture_default_str()
       ->group("Model");
   app.add_option("--num-experts", train.num_experts, "experts, over all ranks")
@@ -316,10 +321,7 @@ void look_up(const Words& words, const CLI::App& app, ProgramOptions& options) {
     refuse("--protocol", "multi");
     refuse("--experts", "multi");
   }
-  const auto& gates = multi ? kMultiGates : kGates;
-  const std::string unknown = one_of(keys_of(gates))(words.gate);
-  if (!unknown.empty()) throw CLI::ValidationError("--gate", unknown + " of this task");
-  options.gates = gates.at(words.gate);
+  options.gates = (multi ? kMultiGates : kGates).at(words.gate);
   options.experts = kExperts.at(words.experts);
   options.train.input_norm = words.input_norm == "layer_norm";
   options.train.dtype = kDTypes.at(words.dtype);

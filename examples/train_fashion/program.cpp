@@ -52,8 +52,8 @@ struct Output {
 };
 
 /// Every gate and seed of the options, one after the other.
-/// @param run     (options of this run) -> finished run
-/// @param report  (finished run, options of this run): called on every rank, may fail
+/// @param run     (options of this run) -> finished run; collective
+/// @param report  (finished run, options of this run): called on rank 0, may throw
 template <typename Run, typename Report>
 auto run_all(const ProgramOptions& options, const comm::Group& world, const Output& output,
              Run&& run, Report&& report) {

@@ -212,7 +212,7 @@ TEST(CommandLine, WrongValues) {
             {"--gate", "commet", "{single,hash,oracle,topk,comet,dense,all}"}},
            {{"--task", "single"}, {"--task", "single", "{domains,multi}"}},
            {{"--task", "multi", "--gate", "hash"},
-            {"--gate", "value hash", "{all,comet,dense,single,topk}", "task"}},
+            {"--gate", "value hash", "{single,topk,comet,dense,all}"}},
            {{"--task", "multi", "--validation-images", "9"},
             {"--validation-images", "--task domains"}},
            {{"--protocol", "small"}, {"--protocol", "--task multi"}},
