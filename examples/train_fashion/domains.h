@@ -1,4 +1,5 @@
 #pragma once
+#include <array>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -11,6 +12,8 @@
 namespace perseid::examples {
 
 inline constexpr int64_t kNumDomains = 4;
+inline constexpr std::array<const char*, 4> kDomainNames = {"plain", "inverted", "rotated",
+                                                            "permuted"};
 
 /// Transformed images, in the order of the data set.
 struct DomainImages {

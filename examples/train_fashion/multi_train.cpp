@@ -4,12 +4,15 @@
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 #include <span>
 #include <utility>
 
 #include "comm/collectives.h"
+#include "examples/train_fashion/evaluate.h"
 #include "examples/train_fashion/loop.h"
+#include "examples/train_fashion/meter.h"
 #include "examples/train_fashion/multi_model.h"
 #include "examples/train_fashion/optimizer.h"
 #include "examples/train_fashion/shard.h"
@@ -17,6 +20,8 @@
 
 namespace perseid::examples {
 namespace {
+
+using Clock = Meter::Clock;
 
 at::Tensor class_tensor(const std::vector<int64_t>& classes) {
   return at::from_blob(const_cast<int64_t*>(classes.data()), {static_cast<int64_t>(classes.size())},
@@ -125,7 +130,7 @@ class Trainer {
                             std::span(order).subspan(first, static_cast<size_t>(shard_.size))),
                  sums);
     }
-    seconds_ += seconds_since(start);
+    seconds_ += std::chrono::duration<double>(Clock::now() - start).count();
     return sums.finish(world_);
   }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdio>
 #include <functional>
 
@@ -42,6 +43,32 @@ std::string mean_of_runs(const std::vector<FinishedRun>& runs, const char* forma
   std::vector<double> values;
   for (const FinishedRun& run : runs) values.push_back(value(run.result));
   return mean_text(values, format);
+}
+
+/// At the end of the training.
+double final_experts(const RunResult& result) {
+  return result.curve.empty() ? 0 : result.curve.back().experts_per_token;
+}
+
+/// Six digits behind the point: what a picture needs.
+std::vector<double> shortened(std::vector<double> values) {
+  for (double& value : values) value = std::round(value * 1e6) / 1e6;
+  return values;
+}
+
+void add_curve(JsonObject& object, const std::vector<StepReport>& curve) {
+  std::vector<int64_t> steps;
+  std::vector<double> cross_entropy, experts_per_token, max_vio;
+  for (const StepReport& point : curve) {
+    steps.push_back(point.step);
+    cross_entropy.push_back(point.cross_entropy);
+    experts_per_token.push_back(point.experts_per_token);
+    max_vio.push_back(point.max_vio);
+  }
+  object.push_back({"curve_step", steps});
+  object.push_back({"curve_cross_entropy", shortened(cross_entropy)});
+  object.push_back({"curve_experts_per_token", shortened(experts_per_token)});
+  object.push_back({"curve_max_vio", shortened(max_vio)});
 }
 
 }  // namespace
@@ -138,7 +165,8 @@ std::string step_line(const StepReport& report) {
     const std::string name = loss.name.substr(0, loss.name.find("_loss"));  // "aux_loss": aux
     line += format_text(" | %s %.3f", name.c_str(), loss.value);
   }
-  line += format_text(" | maxvio %.2f | dead %lld/%zu", report.max_vio,
+  line += format_text(" | experts/token %.2f | maxvio %.2f | dead %lld/%zu",
+                      report.experts_per_token, report.max_vio,
                       static_cast<long long>(num_dead_experts(report.tokens_per_expert)),
                       report.tokens_per_expert.size());
   if (report.num_dropped > 0) {
@@ -159,43 +187,72 @@ std::string result_line(const FinishedRun& run) {
 }
 
 std::string final_table(const std::vector<FinishedRun>& runs) {
+  struct Column {
+    const char* name;
+    const char* format;
+    std::function<double(const RunResult&)> value;
+  };
+  const std::vector<Column> columns = {
+      {"accuracy", "%.4f", [](const RunResult& r) { return r.accuracy; }},
+      {"cross-entropy", "%.4f", [](const RunResult& r) { return r.cross_entropy; }},
+      {"experts, training", "%.2f", [](const RunResult& r) { return final_experts(r); }},
+      {"experts, test", "%.2f", [](const RunResult& r) { return r.experts_per_token; }},
+      {"max_vio", "%.2f", [](const RunResult& r) { return r.max_vio; }},
+      {"NMI", "%.2f", [](const RunResult& r) { return r.domain_nmi; }},
+      {"s/epoch", "%.2f", [](const RunResult& r) { return r.seconds_per_epoch; }},
+      {"rows/image", "%.2f", [](const RunResult& r) { return r.rows_per_token; }}};
+  std::vector<std::string> header{"gate"};
+  for (const Column& column : columns) header.emplace_back(column.name);
   std::vector<std::vector<std::string>> rows;
-  for (size_t first = 0; first < runs.size();) {
-    const auto other =
-        std::find_if(runs.begin() + static_cast<std::ptrdiff_t>(first), runs.end(),
-                     [&](const FinishedRun& run) { return run.gate != runs[first].gate; });
-    const std::vector<FinishedRun> same(runs.begin() + static_cast<std::ptrdiff_t>(first), other);
-    rows.push_back(
-        {gate_name(same.front().gate),
-         mean_of_runs(same, "%.4f", [](const RunResult& r) { return r.accuracy; }),
-         mean_of_runs(same, "%.4f", [](const RunResult& r) { return r.cross_entropy; }),
-         mean_of_runs(same, "%.2f", [](const RunResult& r) { return r.experts_per_token; }),
-         mean_of_runs(same, "%.2f", [](const RunResult& r) { return r.max_vio; }),
-         mean_of_runs(same, "%.2f", [](const RunResult& r) { return r.domain_nmi; }),
-         mean_of_runs(same, "%.1f", [](const RunResult& r) { return r.seconds; })});
-    first += same.size();
+  for (auto first = runs.begin(); first != runs.end();) {
+    const auto last = std::find_if(first, runs.end(),
+                                   [&](const FinishedRun& run) { return run.gate != first->gate; });
+    const std::vector<FinishedRun> same(first, last);
+    rows.push_back({gate_name(first->gate)});
+    for (const Column& column : columns) {
+      rows.back().push_back(mean_of_runs(same, column.format, column.value));
+    }
+    first = last;
   }
-  return results_table(
-      {"gate", "accuracy", "cross-entropy", "experts per token", "max_vio", "NMI", "seconds"},
-      rows);
+  return results_table(header, rows);
 }
 
 JsonObject result_json(const FinishedRun& run, const TrainOptions& options, int num_ranks) {
   const RunResult& result = run.result;
-  return {{"gate", std::string(gate_name(run.gate))},
-          {"seed", static_cast<int64_t>(run.seed)},
-          {"ranks", int64_t{num_ranks}},
-          {"num_experts", options.num_experts},
-          {"top_k", options.top_k},
-          {"aux_loss_coeff", options.aux_loss_coeff},
-          {"steps", result.num_steps},
-          {"accuracy", result.accuracy},
-          {"cross_entropy", result.cross_entropy},
-          {"experts_per_token", result.experts_per_token},
-          {"max_vio", result.max_vio},
-          {"domain_nmi", result.domain_nmi},
-          {"tokens_per_expert", result.tokens_per_expert},
-          {"seconds", result.seconds}};
+  JsonObject object{{"gate", std::string(gate_name(run.gate))},
+                    {"seed", static_cast<int64_t>(run.seed)},
+                    {"ranks", int64_t{num_ranks}},
+                    {"num_experts", options.num_experts},
+                    {"top_k", options.top_k},
+                    {"aux_loss_coeff", options.aux_loss_coeff},
+                    {"balance_coeff", options.balance_coeff},
+                    {"gamma", options.gamma},
+                    {"entropy_coeff", options.entropy_coeff},
+                    {"entropy_ramp", options.entropy_ramp},
+                    {"hard_eval", int64_t{options.hard_eval}},
+                    {"lr", options.lr},
+                    {"gate_lr_factor", options.gate_lr_factor},
+                    {"lr_decay", options.lr_decay},
+                    {"steps", result.num_steps},
+                    {"accuracy", result.accuracy},
+                    {"cross_entropy", result.cross_entropy},
+                    {"training_experts_per_token", final_experts(result)},
+                    {"experts_per_token", result.experts_per_token},
+                    {"max_vio", result.max_vio},
+                    {"domain_nmi", result.domain_nmi},
+                    {"rows_per_token", result.rows_per_token},
+                    {"tokens_per_expert", result.tokens_per_expert},
+                    {"seconds", result.seconds},
+                    {"seconds_per_epoch", result.seconds_per_epoch},
+                    {"domains", std::vector<std::string>(kDomainNames.begin(), kDomainNames.end())},
+                    {"domain_expert", shortened(result.domain_expert)}};
+  add_curve(object, result.curve);
+  if (result.trees.num_trees > 0) {
+    object.push_back({"tree_reached", result.trees.reached});
+    object.push_back({"tree_left", result.trees.left});
+    object.push_back({"tree_right", result.trees.right});
+  }
+  return object;
 }
 
 void write_dump(const std::string& path, GateKind gate, int num_ranks,

@@ -1,15 +1,14 @@
 #include "examples/train_fashion/train.h"
 
-#include <ATen/Functions.h>
-#include <c10/core/GradMode.h>
+#include <ATen/ops/from_blob.h>
 
-#include <algorithm>
-#include <cmath>
-#include <utility>
+#include <chrono>
 
 #include "comm/collectives.h"
+#include "examples/train_fashion/evaluate.h"
+#include "examples/train_fashion/image_tensors.h"
 #include "examples/train_fashion/loop.h"
-#include "examples/train_fashion/metrics.h"
+#include "examples/train_fashion/meter.h"
 #include "examples/train_fashion/model.h"
 #include "examples/train_fashion/optimizer.h"
 #include "examples/train_fashion/shard.h"
@@ -18,29 +17,7 @@
 namespace perseid::examples {
 namespace {
 
-constexpr double kActiveWeight = 1e-5;
-
-/// Tensors over the images, without a copy.
-struct ImageTensors {
-  ImageTensors(const DomainImages& images, GateKind gate)
-      : pixels(view(images.pixels, at::kByte).view({images.size(), kImagePixels})),
-        labels(view(images.labels, at::kLong)),
-        domains(view(images.domains, at::kLong)),
-        keys(gate == GateKind::kOracle ? domains : view(images.keys, at::kLong)) {}
-
-  at::Tensor pixels;
-  at::Tensor labels;
-  at::Tensor domains;
-  at::Tensor keys;  // what gates without features route by
-
- private:
-  template <typename T>
-  static at::Tensor view(const std::vector<T>& values, at::ScalarType dtype) {
-    // from_blob wants a mutable pointer; nothing here writes through it.
-    return at::from_blob(const_cast<T*>(values.data()), {static_cast<int64_t>(values.size())},
-                         dtype);
-  }
-};
+constexpr int64_t kCurvePoints = 50;
 
 void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& options,
            const OnReport& on_report, RunResult& result) {
@@ -54,6 +31,9 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
 
   layer.train();
   Meter meter(options);
+  Meter curve(options);
+  const int64_t curve_interval = (result.num_steps + kCurvePoints - 1) / kCurvePoints;
+  int64_t rows = 0;
   std::vector<int64_t> order;
   for (int64_t step = 0; step < result.num_steps; ++step) {
     if (step % steps_per_epoch == 0) {
@@ -80,67 +60,23 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
     layer.after_step(output.stats);
 
     result.losses.push_back(loss.item<double>());
-    meter.add(cross_entropy.item<double>(), output);
+    const auto value = cross_entropy.item<double>();
+    meter.add(value, output);
+    curve.add(value, output);
+    rows += output.stats.rows_processed;
     const bool last = step + 1 == result.num_steps;
     if (step == 0 || last || (step + 1) % options.log_interval == 0) {
       const StepReport report = meter.report(step + 1, result.num_steps, world);
       if (on_report) on_report(report);
     }
+    if (last || (step + 1) % curve_interval == 0) {
+      result.curve.push_back(curve.report(step + 1, result.num_steps, world));
+    }
   }
+  result.rows_per_token =
+      static_cast<double>(rows) / static_cast<double>(result.num_steps * options.global_batch_size);
   comm::all_reduce(result.losses.data(), static_cast<int64_t>(result.losses.size()),
                    comm::ReduceOp::kSum, world, {"losses"});
-}
-
-void evaluate(MoELayer& layer, const ImageTensors& images, const TrainOptions& options,
-              RunResult& result) {
-  const c10::NoGradGuard no_grad;
-  layer.eval();
-  const comm::Group& world = layer.groups().world;
-  gates::Gate& gate = *layer.gates().front();
-  const int64_t num_images = images.labels.size(0);
-  double correct = 0;
-  double cross_entropy = 0;
-  double active = 0;
-  at::Tensor mass = at::zeros({kNumDomains, options.num_experts}, at::kDouble);
-  at::Tensor load = at::zeros({options.num_experts}, at::kLong);
-  for (int64_t begin = 0; begin < num_images; begin += kTestBatch) {
-    const Shard shard =
-        shard_of(std::min(kTestBatch, num_images - begin), world, options.idle_ranks);
-    const auto cut = [&](const at::Tensor& all) {
-      return all.narrow(0, begin + shard.begin, shard.size);
-    };
-    const MoEInput input = model_input(cut(images.pixels), cut(images.keys), options);
-    const MoEOutput output = layer.forward(input);
-    const at::Tensor labels = cut(images.labels);
-    cross_entropy += cross_entropy_sum(output.output(), labels).item<double>();
-    correct += output.output().argmax(1).eq(labels).sum().item<double>();
-    load += output.stats.gates.front().tokens_per_expert;
-
-    // The layer returns no weights; a gate is a pure function, so it is asked once more.
-    gates::GateInput gate_input;
-    gate_input.tokens = input.tokens;
-    gate_input.keys = input.keys;
-    const at::Tensor weights =
-        gates::dense_weights(gate.forward(gate_input).routing, options.num_experts);
-    active += weights.gt(kActiveWeight).sum().item<double>();
-    mass.index_add_(0, cut(images.domains), weights.to(at::kDouble));
-  }
-
-  std::vector<double> sums{correct, cross_entropy, active};
-  sums.insert(sums.end(), mass.const_data_ptr<double>(),
-              mass.const_data_ptr<double>() + mass.numel());
-  comm::all_reduce(sums.data(), static_cast<int64_t>(sums.size()), comm::ReduceOp::kSum, world,
-                   {"evaluate"});
-  const auto count = static_cast<double>(num_images);
-  result.accuracy = sums[0] / count;
-  result.cross_entropy = sums[1] / count;
-  result.experts_per_token = sums[2] / count;
-  result.domain_nmi =
-      mutual_information(std::vector<double>(sums.begin() + 3, sums.end()), kNumDomains) /
-      std::log(static_cast<double>(kNumDomains));
-  result.tokens_per_expert.assign(load.const_data_ptr<int64_t>(),
-                                  load.const_data_ptr<int64_t>() + load.numel());
-  result.max_vio = max_vio(load);
 }
 
 }  // namespace
@@ -200,9 +136,12 @@ RunResult train_domains(const comm::Group& world, const DomainData& data,
   const std::shared_ptr<MoELayer> layer = make_model(world, options);
   RunResult result;
   comm::barrier(world);
-  const auto start = Clock::now();
+  const auto start = std::chrono::steady_clock::now();
   train(*layer, ImageTensors(data.train, options.gate), options, on_report, result);
-  result.seconds = seconds_since(start);
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  result.seconds = time.count();
+  result.seconds_per_epoch = result.seconds / static_cast<double>(result.num_steps) *
+                             static_cast<double>(data.train.size() / options.global_batch_size);
   evaluate(*layer, ImageTensors(data.test, options.gate), options, result);
   result.weights = collect_weights(*layer, options.num_experts);
   return result;

@@ -68,6 +68,7 @@ struct StepReport {
   double cross_entropy = 0;
   std::vector<NamedValue> gate_losses;     ///< without their coefficients
   std::vector<int64_t> tokens_per_expert;  ///< [E]
+  double experts_per_token = 0;            ///< experts with a weight
   double max_vio = 0;                      ///< largest load / mean load - 1
   int64_t num_dropped = 0;                 ///< assignments lost to capacity
   double step_ms = 0;
@@ -83,17 +84,31 @@ struct WeightDump {
   std::vector<double> values;
 };
 
+/// Which ways images take through the trees of a COMET gate; nodes in its heap order, leaves among
+/// them (nodes E-1 and following). A tree reaches a node if its weight there is above 0.
+struct TreeCounts {
+  int64_t num_trees = 0;         ///< K; 0: the gate has no trees
+  std::vector<int64_t> reached;  ///< [K, 2E-1, domains] images that reach the node
+  std::vector<int64_t> left;     ///< [K, E-1] of these, those that go left with all their weight
+  std::vector<int64_t> right;    ///< [K, E-1] the same to the right; the others take both ways
+};
+
 /// What a run gives; the same on every rank.
 struct RunResult {
   int64_t num_steps = 0;
   double accuracy = 0;  ///< on the test images, after the last step
   double cross_entropy = 0;
   double experts_per_token = 0;            ///< mean count of gate weights > 1e-5
+  std::vector<double> domain_expert;       ///< [domains, E] mean weight of the gate
   double domain_nmi = 0;                   ///< I(domain; expert) / ln 4 of the summed gate weights
   double max_vio = 0;                      ///< largest load / mean load - 1 over the test images
   std::vector<int64_t> tokens_per_expert;  ///< [E] of the test images
-  double seconds = 0;                      ///< of training: without loading and testing
-  std::vector<double> losses;              ///< of every step: cross-entropy + losses of the gate
+  TreeCounts trees;                        ///< of COMET, over the test images
+  std::vector<StepReport> curve;  ///< means over at most 50 pieces of the training, in order
+  double rows_per_token = 0;      ///< rows that experts processed for an image, all training
+  double seconds = 0;             ///< of training: without loading and testing
+  double seconds_per_epoch = 0;
+  std::vector<double> losses;  ///< of every step: cross-entropy + losses of the gate
   std::vector<WeightDump> weights;
 };
 
