@@ -131,4 +131,21 @@ void exchange_rows(const void* send, void* recv, const RowType& row, const Excha
   collective.move(row_bytes);
 }
 
+void before_exchange(NextExchange next, const Group& group, CallSite site,
+                     const std::function<void()>& work) {
+  try {
+    work();
+  } catch (const std::exception&) {
+    try {
+      Collective collective(
+          group, next == NextExchange::kCounts ? OpCode::kExchangeCounts : OpCode::kExchangeRows,
+          site);
+      collective.refuse(Code::kCaller, 0);
+      collective.agree();
+    } catch (const Error&) {  // what the peers are told; the reason is what `work` threw
+    }
+    throw;
+  }
+}
+
 }  // namespace perseid::comm

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "comm/group.h"
@@ -43,5 +44,14 @@ struct RowType {
 /// names the rank; `recv` is unspecified.
 void exchange_rows(const void* send, void* recv, const RowType& row, const ExchangePlan& plan,
                    const Group& group, CallSite site = {}, kernels::Stream stream = {});
+
+enum class NextExchange : uint8_t { kCounts, kRows };
+
+/// Local work of an operation just before its exchange_counts or exchange_rows. If `work` throws on
+/// this rank, it enters that exchange as one that refuses, so that no peer is left waiting: they
+/// throw ConfigError, which names this rank, and this rank throws its own error. The group stays
+/// usable. Costs nothing if nothing is thrown.
+void before_exchange(NextExchange next, const Group& group, CallSite site,
+                     const std::function<void()>& work);
 
 }  // namespace perseid::comm

@@ -111,7 +111,7 @@ struct RefusalText {
 };
 
 // {a} and {b} stand for the values of the verdict.
-constexpr std::array<RefusalText, 20> kRefusals{{
+constexpr std::array<RefusalText, 21> kRefusals{{
     {Code::kSendRows, "send_rows[{b}]", "{a}", "is outside [0, 2^31); pass the rows for rank {b}"},
     {Code::kRecvRows, "recv_rows[{b}]", "{a}", "is outside [0, 2^31); pass the rows from rank {b}"},
     {Code::kPlanSize, "plan", "{a} entries",
@@ -136,6 +136,7 @@ constexpr std::array<RefusalText, 20> kRefusals{{
     {Code::kRoot, "root", "{a}", "is not a rank of a group of {b}; choose root in [0, {b})"},
     {Code::kColor, "color", "{a}", "is negative; choose color >= 0"},
     {Code::kLayer, "layer", "{a}", "is outside [-1, 65534]; choose a layer in it"},
+    {Code::kCaller, "arguments", "refused", "before the exchange; the error of that rank says why"},
     {Code::kOutOfMemory, "bytes", "{a}", "could not be allocated; use smaller batches"},
 }};
 

@@ -43,6 +43,7 @@ enum class Code : uint8_t {
   kRoot,
   kColor,
   kLayer,
+  kCaller,
   kOutOfMemory = 127,
   // A header did not arrive as it was sent. Only the receiver sees it.
   kDamaged = 128

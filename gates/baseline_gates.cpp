@@ -3,6 +3,7 @@
 #include <ATen/ops/full.h>
 
 #include "gates/fixed_gate.h"
+#include "gates/kernel_types.h"
 #include "kernels/error.h"
 
 namespace perseid::gates {
@@ -23,6 +24,7 @@ SingleGate::SingleGate(int64_t num_experts, int64_t expert)
 
 GateOutput SingleGate::forward(const GateInput& input) {
   validate(input, -1, "single_gate");
+  stream_of(input.tokens, "single_gate");
   const at::Tensor expert_idx =
       at::full({input.tokens.size(0)}, expert_, input.tokens.options().dtype(at::kInt));
   return one_expert_per_token(input, expert_idx, num_experts());

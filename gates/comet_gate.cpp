@@ -43,6 +43,13 @@ GateOutput CometGate::forward(const GateInput& input) {
                            output);
     return output;
   }
+  const int64_t E = num_experts(), K = top_k(), D = options_.d_model();
+  if (options_.per_token()) {
+    require_shape(split_weight, {K * (E - 1), D}, kOperation, "split_weight");
+    require_shape(leaf_weight, {K * E, D}, kOperation, "leaf_weight");
+  }
+  require_shape(split_bias, {K * (E - 1)}, kOperation, "split_bias");
+  require_shape(leaf_bias, {K * E}, kOperation, "leaf_bias");
   require(tokens.device() == leaf_bias.device(), kOperation, "tokens.device", tokens.device(),
           "differs from leaf_bias.device=" + to_text(leaf_bias.device()));
   CometCoreOptions core;

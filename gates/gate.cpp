@@ -15,14 +15,21 @@ namespace perseid::gates {
 namespace {
 
 void validate_per_token(const std::optional<at::Tensor>& tensor, at::ScalarType type,
-                        int64_t num_tokens, const char* operation, const char* argument) {
+                        const at::Tensor& tokens, const char* operation, const char* argument) {
   if (!tensor.has_value()) return;
+  const int64_t num_tokens = tokens.size(0);
   const bool holds = tensor->defined() && tensor->dim() == 1 && tensor->size(0) == num_tokens &&
                      tensor->scalar_type() == type;
-  if (holds) return;
-  require(false, operation, argument, describe(*tensor),
-          "is not " + std::string(toString(type)) + "[" + to_text(num_tokens) +
-              "], one entry for each token");
+  if (!holds) {
+    require(false, operation, argument, describe(*tensor),
+            "is not " + std::string(toString(type)) + "[" + to_text(num_tokens) +
+                "], one entry for each token");
+  }
+  if (tensor->device() != tokens.device()) {
+    const std::string name = std::string(argument) + ".device";
+    require(false, operation, name.c_str(), tensor->device(),
+            "differs from tokens.device=" + to_text(tokens.device()));
+  }
 }
 
 }  // namespace
@@ -58,17 +65,40 @@ void validate(const GateInput& input, int64_t d_model, const char* operation) {
     require(false, operation, "tokens", describe(tokens),
             "has another width than d_model=" + to_text(d_model));
   }
-  const int64_t T = tokens.size(0);
-  validate_per_token(input.keys, at::kLong, T, operation, "keys");
-  validate_per_token(input.valid, at::kBool, T, operation, "valid");
-  validate_per_token(input.sequence, at::kLong, T, operation, "sequence");
+  require(tokens.layout() == at::kStrided, operation, "tokens.layout", tokens.layout(),
+          "is not Strided; call to_dense()");
+  require(tokens.size(0) <= std::numeric_limits<int32_t>::max(), operation, "num_tokens",
+          tokens.size(0), "exceeds 2147483647; split the batch");
+  validate_per_token(input.keys, at::kLong, tokens, operation, "keys");
+  validate_per_token(input.valid, at::kBool, tokens, operation, "valid");
+  validate_per_token(input.sequence, at::kLong, tokens, operation, "sequence");
+  // Products with num_experts or d_model, the places of random numbers, then fit int64.
+  require(input.first_token >= 0 && input.first_token <= std::numeric_limits<uint32_t>::max(),
+          operation, "first_token", input.first_token,
+          "is outside [0, 4294967295]; give the tokens of the ranks before this one");
   require(input.tokens_global >= 0, operation, "tokens_global", input.tokens_global,
           "is negative; give the valid tokens of all ranks, or 0 for those of this call");
   require(!std::isnan(input.progress), operation, "progress", input.progress,
           "is not a number; give the finished share of the training, in [0, 1]");
 }
 
+void require_shape(const at::Tensor& tensor, at::IntArrayRef sizes, const char* operation,
+                   const char* argument) {
+  if (tensor.defined() && tensor.sizes() == sizes) return;
+  require(false, operation, argument, describe(tensor),
+          "is not " + to_text(sizes) + ", the shape that the options give");
+}
+
+void require_product(at::IntArrayRef sizes, const char* operation, const char* argument) {
+  constexpr int64_t kElementsMax = int64_t{1} << 40;
+  int64_t left = kElementsMax;
+  for (const int64_t size : sizes) left = size > 0 ? left / size : left;
+  require(left >= 1, operation, argument, sizes, "is more than 2^40 elements in one parameter");
+}
+
 GateStats count_assignments(const Routing& routing, int64_t num_experts, int64_t num_valid_tokens) {
+  constexpr const char* kOperation = "count_assignments";
+  validate_shapes(routing, num_experts, kOperation);
   GateStats stats;
   stats.tokens_per_expert = at::zeros({num_experts}, at::kLong);
   stats.num_tokens = num_valid_tokens;
@@ -83,11 +113,20 @@ GateStats count_assignments(const Routing& routing, int64_t num_experts, int64_t
   int64_t tokens_with_expert = 0;
   for (int64_t t = 0; t < routing.num_tokens; ++t) {
     const int64_t length = offset[t + 1] - offset[t];
+    if (length < 0 || offset[t] < 0 || offset[t + 1] > stats.num_assignments) {
+      require(false, kOperation, "token_offsets", offset[t + 1],
+              "does not follow " + to_text(offset[t]) + " within " +
+                  to_text(stats.num_assignments) + " assignments at token " + to_text(t));
+    }
     tokens_with_expert += length > 0 ? 1 : 0;
     stats.tokens_with_one_expert += length == 1 ? 1 : 0;
     stats.max_experts_per_token = std::max(stats.max_experts_per_token, length);
   }
   for (int64_t a = 0; a < stats.num_assignments; ++a) {
+    if (expert[a] < 0 || expert[a] >= num_experts) {
+      require(false, kOperation, "expert_idx", expert[a],
+              "is outside [0, num_experts=" + to_text(num_experts) + ")");
+    }
     ++count[expert[a]];
     const float g = weight[a];
     if (g > 0) stats.entropy_sum -= static_cast<double>(g * std::log(g));

@@ -18,7 +18,7 @@ struct GateInput {
   std::optional<at::Tensor> keys;      ///< [T] int64, for hash gates: token id, user id, sample id
   std::optional<at::Tensor> valid;     ///< [T] bool, true = a real token; absent: all are
   std::optional<at::Tensor> sequence;  ///< [T] int64 sequence number, for sequence-level balancing
-  int64_t first_token = 0;             ///< global id of token 0 of this rank
+  int64_t first_token = 0;             ///< global id of token 0 of this rank, below 2^32
   int64_t tokens_global =
       0;             ///< valid tokens of all ranks, the divisor of every mean; 0: those given here
   int64_t step = 0;  ///< optimiser step, a key of randomness
@@ -114,12 +114,22 @@ enum class InputNorm : uint8_t { kNone, kLayerNorm };
 /// part, epsilon 1e-5, then times 1/sqrt(D).
 at::Tensor gate_features(const at::Tensor& tokens, InputNorm norm, at::ScalarType compute_type);
 
-/// Throws ConfigError unless input.tokens is [T, d_model] (d_model < 0: any) floating, and keys,
-/// valid and sequence have T entries of the right type.
+/// Throws ConfigError unless input.tokens is dense, floating and [T, d_model] (d_model < 0: any),
+/// keys, valid and sequence have T entries of the right type on its device, and numbers are in
+/// their ranges. Looks at no data.
 void validate(const GateInput& input, int64_t d_model, const char* operation);
 
+/// Throws ConfigError unless the tensor has these sizes. For parameters and buffers: a checkpoint
+/// of another layer replaces them with tensors of its own shape.
+void require_shape(const at::Tensor& tensor, at::IntArrayRef sizes, const char* operation,
+                   const char* argument);
+
+/// Throws ConfigError unless the product of the sizes of a parameter is at most 2^40.
+/// @param argument  names the factors, "num_experts*d_model"
+void require_product(at::IntArrayRef sizes, const char* operation, const char* argument);
+
 /// Statistics of a routing, non-finite tokens and smooth-step fields left at 0. One pass over the
-/// assignments.
+/// assignments; throws ConfigError for a routing that is not legal.
 GateStats count_assignments(const Routing& routing, int64_t num_experts, int64_t num_valid_tokens);
 
 }  // namespace perseid::gates

@@ -6,8 +6,10 @@
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
+#include <limits>
 
 #include "gates/linear_router.h"
+#include "gates/smooth_step_gate.h"
 #include "kernels/error.h"
 #include "kernels/random.h"
 
@@ -32,6 +34,8 @@ void require_coefficient(const char* operation, const char* argument, double val
 
 void require_d_model(const char* operation, int64_t d_model) {
   require(d_model >= 1, operation, "d_model", d_model, "is below 1; give the width of the tokens");
+  require(d_model <= std::numeric_limits<int32_t>::max(), operation, "d_model", d_model,
+          "exceeds 2147483647");
 }
 
 void require_input(const GateInput& input, const at::Tensor& weight, const char* operation) {
@@ -43,6 +47,11 @@ void require_input(const GateInput& input, const at::Tensor& weight, const char*
 at::Tensor router_features(const at::Tensor& tokens, InputNorm norm, const at::Tensor& weight) {
   if (norm == InputNorm::kNone) return tokens;  // no second copy of them is kept
   return gate_features(tokens, norm, router_compute_type(weight));
+}
+
+at::Tensor linear_features(const GateInput& input, InputNorm norm, const at::Tensor& weight) {
+  if (norm == InputNorm::kNone) return input.tokens;
+  return smooth_step_features(input, norm, router_compute_type(weight));
 }
 
 int64_t count_valid(const GateInput& input) {

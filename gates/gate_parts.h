@@ -23,6 +23,10 @@ void require_input(const GateInput& input, const at::Tensor& weight, const char*
 /// What the router reads: the tokens as they are, or normalised in the type of the arithmetic.
 at::Tensor router_features(const at::Tensor& tokens, InputNorm norm, const at::Tensor& weight);
 
+/// What linear_logits reads of them: as router_features, but with a norm the rows of tokens that
+/// are not valid are zeros, as a NaN in them would reach the gradient through the norm.
+at::Tensor linear_features(const GateInput& input, InputNorm norm, const at::Tensor& weight);
+
 /// Valid tokens of this call, and the divisor of means over tokens.
 int64_t count_valid(const GateInput& input);
 int64_t tokens_global_of(const GateInput& input, int64_t num_valid);

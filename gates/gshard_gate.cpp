@@ -51,6 +51,7 @@ GShardGate::GShardGate(const GShardGateOptions& options)
     : Gate(kOperation, options.num_experts(), std::min<int64_t>(2, options.num_experts())),
       options_(options) {
   require_d_model(kOperation, options.d_model());
+  require_product({options.num_experts(), options.d_model()}, kOperation, "num_experts*d_model");
   require(options.second_threshold() >= 0 && options.second_threshold() <= 1, kOperation,
           "second_threshold", options.second_threshold(),
           "is outside [0, 1]; it is compared with p2 / (p1 + p2)");
@@ -104,6 +105,7 @@ Tensor GShardGate::is_second_kept(const GateInput& input, const Tensor& second_s
 }
 
 GateOutput GShardGate::forward(const GateInput& input) {
+  require_shape(weight, {num_experts(), options_.d_model()}, kOperation, "weight");
   require_input(input, weight, kOperation);
   const Tensor valid = input.valid.value_or(Tensor());
   const int64_t T = input.tokens.size(0);

@@ -7,9 +7,21 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
 
+#include <cmath>
+
+#include "gates/describe.h"
+#include "gates/gate_parts.h"
 #include "kernels/error.h"
 
 namespace perseid::gates {
+namespace {
+
+void require_by_expert(const char* operation, const char* argument, const at::Tensor& sum) {
+  require(sum.defined() && sum.dim() == 1 && sum.is_floating_point(), operation, argument,
+          describe(sum), "is not floating [num_experts]");
+}
+
+}  // namespace
 
 NamedLoss load_balance_loss(const BalanceTerms& terms, const at::Tensor& global_tokens_per_expert,
                             int64_t tokens_global, int64_t counted_tokens) {
@@ -17,12 +29,16 @@ NamedLoss load_balance_loss(const BalanceTerms& terms, const at::Tensor& global_
   require(terms.score_sum.defined() && terms.score_sum.dim() == 1, kOperation, "score_sum",
           terms.score_sum.defined() ? to_text(terms.score_sum.sizes()) : "undefined",
           "is not [num_experts]; call it for gates that fill their balance terms");
-  require(global_tokens_per_expert.sizes() == terms.score_sum.sizes(), kOperation,
-          "global_tokens_per_expert", global_tokens_per_expert.sizes(),
-          "differs from score_sum=" + to_text(terms.score_sum.sizes()) +
-              "; sum the tokens_per_expert of the same gate over ranks");
+  require(
+      global_tokens_per_expert.defined() &&
+          global_tokens_per_expert.sizes() == terms.score_sum.sizes(),
+      kOperation, "global_tokens_per_expert",
+      global_tokens_per_expert.defined() ? to_text(global_tokens_per_expert.sizes()) : "undefined",
+      "differs from score_sum=" + to_text(terms.score_sum.sizes()) +
+          "; sum the tokens_per_expert of the same gate over ranks");
   require(tokens_global >= 0, kOperation, "tokens_global", tokens_global, "is negative");
   require(terms.top_k >= 1, kOperation, "top_k", terms.top_k, "is below 1");
+  require_coefficient(kOperation, "aux_loss_coeff", terms.aux_loss_coeff);
 
   // f and the sum in double, so that perfect balance gives the coefficient and not one near it.
   double scale = 0;
@@ -42,8 +58,25 @@ NamedLoss load_balance_loss(const BalanceTerms& terms, const at::Tensor& global_
 NamedLoss sequence_balance_loss(const at::Tensor& score_shares, const at::Tensor& expert_idx,
                                 const at::Tensor& sequence, double coeff, bool normalize_by_k,
                                 int64_t tokens_global) {
-  require(tokens_global >= 0, "sequence_balance_loss", "tokens_global", tokens_global,
-          "is negative");
+  constexpr const char* kOperation = "sequence_balance_loss";
+  require(score_shares.defined() && score_shares.dim() == 2 && score_shares.is_floating_point(),
+          kOperation, "score_shares", describe(score_shares), "is not a floating [T, E] table");
+  const bool is_table = expert_idx.defined() && expert_idx.dim() == 2 &&
+                        expert_idx.size(0) == score_shares.size(0) &&
+                        at::isIntegralType(expert_idx.scalar_type(), /*includeBool=*/false);
+  require(is_table, kOperation, "expert_idx", describe(expert_idx),
+          "is not an integer [T, K] table for score_shares=" + describe(score_shares));
+  require(sequence.defined() && sequence.dim() == 1 && sequence.size(0) == score_shares.size(0) &&
+              sequence.scalar_type() == at::kLong,
+          kOperation, "sequence", describe(sequence),
+          "is not Long[" + to_text(score_shares.size(0)) + "], one entry for each token");
+  require_coefficient(kOperation, "coeff", coeff);
+  require(tokens_global >= 0, kOperation, "tokens_global", tokens_global, "is negative");
+  if (expert_idx.numel() > 0) {
+    const int64_t largest = expert_idx.max().item<int64_t>();
+    require(largest < score_shares.size(1), kOperation, "expert_idx", largest,
+            "is outside [-1, num_experts=" + to_text(score_shares.size(1)) + ")");
+  }
   const int64_t E = score_shares.size(1), K = expert_idx.size(1);
   const auto [numbers, slot] = at::_unique(sequence, /*sorted=*/true, /*return_inverse=*/true);
   const int64_t num_sequences = numbers.size(0);
@@ -67,6 +100,7 @@ NamedLoss z_loss(const at::Tensor& lse_square_sum, double coeff, int64_t tokens_
   require(lse_square_sum.defined() && lse_square_sum.numel() == 1, "z_loss", "lse_square_sum",
           lse_square_sum.defined() ? to_text(lse_square_sum.sizes()) : "undefined",
           "is not a scalar");
+  require_coefficient("z_loss", "coeff", coeff);
   require(tokens_global >= 0, "z_loss", "tokens_global", tokens_global, "is negative");
   const double scale = tokens_global > 0 ? 1.0 / static_cast<double>(tokens_global) : 0.0;
   return {"z_loss", lse_square_sum.mul(coeff * scale), lse_square_sum.detach().mul(scale)};
@@ -81,6 +115,8 @@ NamedLoss finish_global_loss(const GlobalLoss& loss, const at::Tensor& global_su
           "differs from the local sum; sum those of the same gate over ranks");
   require(tokens_global >= 0, operation, "tokens_global", tokens_global, "is negative");
   require(num_ranks >= 1, operation, "num_ranks", num_ranks, "is below 1");
+  require(std::isfinite(loss.coeff), operation, "coeff", loss.coeff, "is not a finite number");
+  require(loss.loss != nullptr, operation, "loss", "empty", "must be a function of the global sum");
   at::Tensor value, slope;
   {
     const at::AutoGradMode grad(true);
@@ -97,11 +133,14 @@ NamedLoss finish_global_loss(const GlobalLoss& loss, const at::Tensor& global_su
 }
 
 at::Tensor weight_per_expert(const Routing& routing, int64_t num_experts) {
+  validate(routing, num_experts, "weight_per_expert");
   return at::zeros({num_experts}, routing.weights.options())
       .index_add(0, routing.expert_idx, routing.weights);
 }
 
 GlobalLoss balance_entropy_loss(const at::Tensor& weight_sum, double coeff) {
+  require_by_expert("balance_loss", "weight_sum", weight_sum);
+  require_coefficient("balance_loss", "coeff", coeff);
   return {"balance_loss", coeff, weight_sum,
           [](const at::Tensor& sum, int64_t /*tokens_global*/) -> at::Tensor {
             const at::Tensor total = sum.sum();
@@ -113,6 +152,8 @@ GlobalLoss balance_entropy_loss(const at::Tensor& weight_sum, double coeff) {
 }
 
 GlobalLoss cv_squared_loss(const std::string& name, const at::Tensor& sum, double coeff) {
+  require_by_expert(name.c_str(), "sum", sum);
+  require_coefficient(name.c_str(), "coeff", coeff);
   return {name, coeff, sum, [](const at::Tensor& v, int64_t /*tokens_global*/) -> at::Tensor {
             const at::Tensor mean = v.mean();
             return (v - mean).square().mean() / (mean.square() + 1e-10);

@@ -24,6 +24,7 @@ constexpr const char* kOperation = "noisy_top_k_gate";
 
 void validate(const NoisyTopKGateOptions& options) {
   require_d_model(kOperation, options.d_model());
+  require_product({options.num_experts(), options.d_model()}, kOperation, "num_experts*d_model");
   require(std::isfinite(options.noise_epsilon()) && options.noise_epsilon() > 0, kOperation,
           "noise_epsilon", options.noise_epsilon(),
           "is not a finite number above 0; load divides by the noise, 1e-2 is usual");
@@ -100,6 +101,10 @@ at::Tensor NoisyTopKGate::load_of(const Logits& logits, const GateInput& input) 
 }
 
 GateOutput NoisyTopKGate::forward(const GateInput& input) {
+  require_shape(weight, {num_experts(), options_.d_model()}, kOperation, "weight");
+  if (options_.noise() == RouterNoise::kLearned) {
+    require_shape(noise_weight, weight.sizes(), kOperation, "noise_weight");
+  }
   require_input(input, weight, kOperation);
   const at::Tensor valid = input.valid.value_or(at::Tensor());
   const Logits logits = logits_of(input);

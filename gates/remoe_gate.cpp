@@ -22,6 +22,7 @@ constexpr double kCoeffMin = 1e-12, kCoeffMax = 1e2;
 ReMoEGate::ReMoEGate(const ReMoEGateOptions& options)
     : Gate(kOperation, options.num_experts(), options.top_k()), options_(options) {
   require_d_model(kOperation, options.d_model());
+  require_product({options.num_experts(), options.d_model()}, kOperation, "num_experts*d_model");
   require(options.l1_coeff_start() >= kCoeffMin && options.l1_coeff_start() <= kCoeffMax,
           kOperation, "l1_coeff_start", options.l1_coeff_start(),
           "is outside [1e-12, 100], the range of the coefficient");
@@ -43,12 +44,17 @@ void ReMoEGate::to(at::ScalarType dtype, bool non_blocking) {
 
 void ReMoEGate::after_step(const GateStats& global_stats) {
   if (global_stats.num_tokens == 0) return;
+  require(global_stats.num_tokens > 0 && global_stats.num_assignments >= 0, kOperation,
+          "num_assignments", global_stats.num_assignments,
+          "of num_tokens=" + to_text(global_stats.num_tokens) +
+              " tokens is no statistic; pass those of a forward");
   const bool is_dense = global_stats.num_assignments > top_k() * global_stats.num_tokens;
   const double factor = is_dense ? options_.l1_coeff_factor() : 1 / options_.l1_coeff_factor();
   l1_coeff.fill_(std::clamp(l1_coeff.item<double>() * factor, kCoeffMin, kCoeffMax));
 }
 
 GateOutput ReMoEGate::forward(const GateInput& input) {
+  require_shape(weight, {num_experts(), options_.d_model()}, kOperation, "weight");
   require_input(input, weight, kOperation);
   const at::Tensor features = router_features(input.tokens, options_.input_norm(), weight);
   const at::Tensor logits = linear_logits(features, weight, {}, input.valid.value_or(at::Tensor()));

@@ -105,10 +105,38 @@ Routing routing_from_dense(const Tensor& weights) {
   return routing;
 }
 
+Routing routing_from_mask(const Tensor& weights, const Tensor& is_selected) {
+  constexpr const char* kOperation = "routing_from_mask";
+  require(weights.defined() && weights.dim() == 2 && weights.is_floating_point(), kOperation,
+          "weights", describe(weights), "is not a floating [T, E] table");
+  require(is_selected.defined() && is_selected.sizes() == weights.sizes() &&
+              is_selected.scalar_type() == at::kBool,
+          kOperation, "is_selected", describe(is_selected),
+          "is not a bool table of the shape of weights=" + describe(weights));
+  const int64_t E = weights.size(1);
+  const Tensor values = as_gate_weights(weights).reshape({-1});
+  // By token and id, then stably by weight, then stably by token.
+  const Tensor pairs = at::nonzero(is_selected.reshape({-1})).squeeze(1);
+  const Tensor by_weight =
+      pairs.index_select(0, std::get<1>(at::sort(sort_key(values.index_select(0, pairs)),
+                                                 /*stable=*/true, /*dim=*/0, /*descending=*/true)));
+  const Tensor order = std::get<1>(
+      at::sort(by_weight.div(E, "floor"), /*stable=*/true, /*dim=*/0, /*descending=*/false));
+  const Tensor positions = by_weight.index_select(0, order);
+  Routing routing;
+  routing.num_tokens = weights.size(0);
+  routing.token_offsets = offsets_of(is_selected.sum(1));
+  routing.expert_idx = positions.remainder(E).to(at::kInt);
+  routing.weights = values.index_select(0, positions);
+  return routing;
+}
+
 Routing without_invalid(const Routing& routing, const Tensor& valid) {
+  constexpr const char* kOperation = "without_invalid";
+  validate_shapes(routing, std::numeric_limits<int32_t>::max(), kOperation);
   require(valid.defined() && valid.dim() == 1 && valid.scalar_type() == at::kBool &&
               valid.size(0) == routing.num_tokens,
-          "without_invalid", "valid", describe(valid),
+          kOperation, "valid", describe(valid),
           "is not bool[num_tokens=" + to_text(routing.num_tokens) + "]");
   if (valid.all().item<bool>()) return routing;
   // int32: the index is kept for the backward.
@@ -124,7 +152,13 @@ Routing without_invalid(const Routing& routing, const Tensor& valid) {
 }
 
 Tensor explicit_offsets(const Routing& routing) {
-  if (routing.top_k == 0) return routing.token_offsets;
+  if (routing.top_k == 0) {
+    require(routing.token_offsets.defined(), "routing", "token_offsets", "undefined",
+            "is needed with top_k=0; a gate fills one of them");
+    return routing.token_offsets;
+  }
+  require(routing.num_tokens >= 0 && routing.num_tokens <= std::numeric_limits<int32_t>::max(),
+          "routing", "num_tokens", routing.num_tokens, "is outside [0, 2147483647]");
   const int64_t total = routing.num_tokens * routing.top_k;
   require(total <= std::numeric_limits<int32_t>::max(), "routing", "num_assignments", total,
           "exceeds 2147483647; split the batch");
@@ -132,16 +166,20 @@ Tensor explicit_offsets(const Routing& routing) {
 }
 
 Tensor dense_weights(const Routing& routing, int64_t num_experts) {
+  validate(routing, num_experts, "dense_weights");
   const Tensor position = token_of_assignment(routing).mul_(num_experts).add_(routing.expert_idx);
   return at::zeros({routing.num_tokens * num_experts}, routing.weights.options())
       .scatter(0, position, routing.weights)
       .view({routing.num_tokens, num_experts});
 }
 
-void validate(const Routing& routing, int64_t num_experts, const char* operation) {
+void validate_shapes(const Routing& routing, int64_t num_experts, const char* operation) {
   const int64_t T = routing.num_tokens;
   const auto is_vector = [](const Tensor& tensor) { return tensor.defined() && tensor.dim() == 1; };
-  require(T >= 0, operation, "num_tokens", T, "is negative");
+  require(num_experts >= 1 && num_experts <= std::numeric_limits<int32_t>::max(), operation,
+          "num_experts", num_experts, "is outside [1, 2147483647]");
+  require(T >= 0 && T <= std::numeric_limits<int32_t>::max(), operation, "num_tokens", T,
+          "is outside [0, 2147483647]");
   require(is_vector(routing.expert_idx) && routing.expert_idx.scalar_type() == at::kInt, operation,
           "expert_idx", describe(routing.expert_idx), "is not int32 [A]");
   const int64_t A = routing.num_assignments();
@@ -164,7 +202,11 @@ void validate(const Routing& routing, int64_t num_experts, const char* operation
             operation, "token_offsets", describe(routing.token_offsets),
             "is not int32 [num_tokens + 1 = " + to_text(T + 1) + "]");
   }
+}
 
+void validate(const Routing& routing, int64_t num_experts, const char* operation) {
+  validate_shapes(routing, num_experts, operation);
+  const int64_t T = routing.num_tokens, A = routing.num_assignments();
   const Tensor offsets = explicit_offsets(routing).cpu().contiguous();
   const Tensor experts = routing.expert_idx.cpu().contiguous();
   const int32_t* offset = offsets.const_data_ptr<int32_t>();

@@ -1,12 +1,15 @@
 #include "gates/schedule.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/error.h"
 
 namespace perseid::gates {
 
 double CoefficientSchedule::at(double progress) const {
+  require(!std::isnan(progress), "coefficient_schedule", "progress", progress,
+          "is not a number; give the finished share of the training, in [0, 1]");
   const double share = std::clamp(progress, 0.0, 1.0);
   return share >= ramp_until ? 1.0 : share / ramp_until;
 }

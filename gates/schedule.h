@@ -8,7 +8,7 @@ struct CoefficientSchedule {
   /// [0, 1]; 0: constant from the start.
   double ramp_until = 0;
 
-  /// Factor in [0, 1]; progress outside [0, 1] is clamped.
+  /// Factor in [0, 1]; progress outside [0, 1] is clamped. Throws ConfigError for a NaN.
   double at(double progress) const;
   /// Throws ConfigError that names operation unless ramp_until is in [0, 1].
   void validate(const char* operation) const;

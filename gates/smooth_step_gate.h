@@ -17,24 +17,21 @@ namespace perseid::gates {
 /// Throws ConfigError for the options that both kinds have.
 template <typename Options>
 void validate_smooth_step(const Options& options, const char* operation) {
-  require(options.d_model() >= 1, operation, "d_model", options.d_model(),
-          "is below 1; give the width of the tokens");
+  require_d_model(operation, options.d_model());
+  require_product({options.top_k(), options.num_experts(), options.d_model()}, operation,
+                  "top_k*num_experts*d_model");
   // Not a subnormal number in float32: the slope of a switch is divided by it.
   require(options.gamma() > 0 && std::isnormal(static_cast<float>(options.gamma())), operation,
           "gamma", options.gamma(),
           "is not a finite number above 0; choose the width of the switches, 1 by default");
-  const auto require_coefficient = [operation](const char* argument, double value) {
-    require(std::isfinite(value) && value >= 0, operation, argument, value,
-            "is not a finite number from 0 on; choose 0 to switch the loss off");
-  };
-  require_coefficient("entropy_coeff", options.entropy_coeff());
-  require_coefficient("balance_coeff", options.balance_coeff());
+  require_coefficient(operation, "entropy_coeff", options.entropy_coeff());
+  require_coefficient(operation, "balance_coeff", options.balance_coeff());
   options.entropy_schedule().validate(operation);
   const double share = 1.0 / static_cast<double>(options.num_experts());
   require(options.min_weight() >= 0 && options.min_weight() < share, operation, "min_weight",
           options.min_weight(),
           "is outside [0, 1/num_experts=" + to_text(share) +
-              "), where every token keeps an expert; choose 0 for exact weights");
+              "), the weight of an expert at equal shares; choose 0 for exact weights");
 }
 
 /// Key of the initial values of a gate.
@@ -69,9 +66,9 @@ struct SmoothStepCounts {
   double removed_weight = 0;
 };
 
-/// "entropy_loss": coeff * entropy_sum / tokens_global in `type`, 0 if tokens_global is 0.
-NamedLoss entropy_loss(const at::Tensor& entropy_sum, double coeff, int64_t tokens_global,
-                       at::ScalarType type);
+/// coeff * sum / num_tokens in `type`, 0 if num_tokens is 0.
+NamedLoss mean_loss(const char* name, const at::Tensor& sum, double coeff, int64_t num_tokens,
+                    at::ScalarType type);
 
 /// Routing and statistics. In training it warns, once in the process, if more than 99 % of the
 /// switches are saturated: these pass no gradient.
@@ -80,15 +77,17 @@ GateOutput smooth_step_output(const SmoothStepResult& result, const SmoothStepCo
                               const char* operation);
 
 /// Adds "entropy_loss" and "balance_loss" as far as their coefficients are not 0.
+/// @param entropy_tokens  divisor of entropy_sum; 0: the tokens of all ranks
 template <typename Options>
 void add_smooth_step_losses(const Options& options, const at::Tensor& entropy_sum,
-                            const GateInput& input, GateOutput& output) {
-  const int64_t tokens_global =
-      input.tokens_global > 0 ? input.tokens_global : output.stats.num_tokens;
+                            const GateInput& input, GateOutput& output,
+                            int64_t entropy_tokens = 0) {
   if (options.entropy_coeff() > 0) {
-    output.losses.push_back(entropy_loss(
-        entropy_sum, options.entropy_coeff() * options.entropy_schedule().at(input.progress),
-        tokens_global, output.routing.weights.scalar_type()));
+    if (entropy_tokens == 0) entropy_tokens = tokens_global_of(input, output.stats.num_tokens);
+    output.losses.push_back(
+        mean_loss("entropy_loss", entropy_sum,
+                  options.entropy_coeff() * options.entropy_schedule().at(input.progress),
+                  entropy_tokens, output.routing.weights.scalar_type()));
   }
   if (options.balance_coeff() > 0) {
     output.global_losses.push_back(balance_entropy_loss(

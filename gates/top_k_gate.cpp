@@ -40,6 +40,7 @@ void validate_groups(const TopKGateOptions& options) {
 
 void validate(const TopKGateOptions& options) {
   require_d_model(kOperation, options.d_model());
+  require_product({options.num_experts(), options.d_model()}, kOperation, "num_experts*d_model");
   require(std::isfinite(options.route_scale()) && options.route_scale() > 0, kOperation,
           "route_scale", options.route_scale(),
           "is not a finite number above 0; choose 1 for weights that are not scaled");
@@ -120,6 +121,9 @@ at::Tensor TopKGate::features_of(const GateInput& input) const {
 }
 
 GateOutput TopKGate::forward(const GateInput& input) {
+  require_shape(weight, {num_experts(), options_.d_model()}, kOperation, "weight");
+  if (bias.defined()) require_shape(bias, {num_experts()}, kOperation, "bias");
+  if (expert_bias.defined()) require_shape(expert_bias, {num_experts()}, kOperation, "expert_bias");
   require_input(input, weight, kOperation);
   LinearRouterOptions router;
   router.scores.score_function = options_.score_function();

@@ -87,13 +87,12 @@ std::string split_label(const Trees& trees, size_t tree, size_t split) {
   if (all == 0) return "<no image>";
   const int64_t left = trees.left(tree, split);
   const int64_t right = trees.right(tree, split);
-  return "<<table border=\"0\" cellspacing=\"0\" cellpadding=\"1\"><tr><td>← " +
-         percent(left, all) + "</td><td>" + percent(right, all) +
-         " →</td></tr><tr><td colspan=\"2\">both " + percent(all - left - right, all) +
-         "</td></tr></table>>";
+  return "<<table border=\"0\" cellspacing=\"3\" cellpadding=\"0\"><tr><td>← " +
+         percent(left, all) + "&#160;&#160;&#160;" + percent(right, all) +
+         " →</td></tr><tr><td>both " + percent(all - left - right, all) + "</td></tr></table>>";
 }
 
-/// Expert and load, a bar of the domains, and the domains of a tenth or more in words.
+/// Expert and load, a bar of the domains, and domains of 15 % or more in words.
 std::string leaf_label(const TreeRun& run, const Trees& trees, size_t tree, size_t node,
                        int64_t expert, int64_t num_images) {
   constexpr double kBarWidth = 96;
@@ -111,7 +110,7 @@ std::string leaf_label(const TreeRun& run, const Trees& trees, size_t tree, size
       bar += format_text("<td width=\"%d\" height=\"7\" fixedsize=\"true\" bgcolor=\"%s\"></td>",
                          width, colour(domain));
     }
-    if (share(counts[domain], all) >= .1) {
+    if (share(counts[domain], all) >= .15) {
       words += "<br/>" + escaped(run.domains[domain]) + " " + percent(counts[domain], all);
     }
   }
@@ -137,14 +136,23 @@ std::string edge(const Trees& trees, size_t tree, size_t child, int64_t num_imag
                             colour(trees.largest_domain(tree, child)));
 }
 
-std::string legend(const TreeRun& run) {
-  std::string cells;
+/// Title of the drawing, and the colours of the domains.
+std::string title(const TreeRun& run, int64_t num_images) {
+  std::string legend;
   for (size_t domain = 0; domain < run.domains.size(); ++domain) {
-    cells += format_text("<td width=\"14\" height=\"10\" fixedsize=\"true\" bgcolor=\"%s\"></td>",
-                         colour(domain)) +
-             "<td>" + escaped(run.domains[domain]) + "  </td>";
+    legend +=
+        format_text("<td width=\"14\" height=\"10\" fixedsize=\"true\" bgcolor=\"%s\"></td><td>",
+                    colour(domain)) +
+        escaped(run.domains[domain]) + "   </td>";
   }
-  return "<table border=\"0\" cellspacing=\"4\" cellpadding=\"0\"><tr>" + cells + "</tr></table>";
+  return format_text(
+             "<<table border=\"0\" cellspacing=\"4\" cellpadding=\"0\">"
+             "<tr><td><b>COMET, seed %lld</b>: %lld tree%s, %lld experts, %s test images"
+             "</td></tr><tr><td><table border=\"0\" cellspacing=\"3\"><tr>",
+             static_cast<long long>(run.seed), static_cast<long long>(run.num_trees),
+             run.num_trees == 1 ? "" : "s", static_cast<long long>(run.num_experts),
+             with_commas(num_images).c_str()) +
+         legend + "</tr></table></td></tr></table>>";
 }
 
 void check(const TreeRun& run, const JsonFields& fields) {
@@ -232,11 +240,9 @@ std::string tree_dot(const TreeRun& run) {
   std::string dot =
       "digraph comet {\n"
       "  graph [fontname=\"Helvetica\", labelloc=\"t\", nodesep=0.15, ranksep=0.45, "
-      "ordering=\"out\",\n         label=<<b>COMET, seed " +
-      std::to_string(run.seed) + "</b>: " + std::to_string(run.num_trees) +
-      (run.num_trees == 1 ? " tree, " : " trees, ") + std::to_string(run.num_experts) +
-      " experts, " + with_commas(num_images) + " test images<br/>" + legend(run) +
-      ">];\n"
+      "ordering=\"out\",\n         label=" +
+      title(run, num_images) +
+      "];\n"
       "  node [fontname=\"Helvetica\", fontsize=11];\n"
       "  edge [arrowhead=none];\n";
   for (size_t tree = 0; tree < static_cast<size_t>(run.num_trees); ++tree) {

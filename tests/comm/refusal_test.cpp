@@ -2,6 +2,7 @@
 // culprit, the argument and the value in each text, and the group stays usable. A group of one
 // throws the same error. Each rank in turn is the one that refuses.
 //   Rows, Plan, Row, Buffers, Counts, Collectives, Split, Layer
+//   BeforeAnExchange  what local work throws reaches the peers that wait in the exchange
 //   HighestWins    of two refusals the same is thrown on all ranks; of equal ones the lowest rank's
 #include <limits>
 
@@ -169,6 +170,34 @@ TEST(Refusal, Split) {
     const Caught caught = catch_error([&] { group.set_timeout_ms(0); });
     EXPECT_EQ(caught.type, "ConfigError");
     expect_contains(caught.text, {"[set_timeout_ms] timeout_ms=0"});
+  });
+}
+
+TEST(Refusal, BeforeAnExchange) {
+  using comm::NextExchange;
+  run_ranks([](const Group& group) {
+    const auto size = static_cast<size_t>(group.size());
+    const ExchangePlan plan{std::vector<int64_t>(size, 1), std::vector<int64_t>(size, 1)};
+    for (const NextExchange next : {NextExchange::kCounts, NextExchange::kRows}) {
+      for (int bad = 0; bad < group.size(); ++bad) {
+        const Caught caught = catch_error([&] {
+          comm::before_exchange(next, group, {"dispatch", 2, 41}, [&] {
+            require(group.rank() != bad, "dispatch", "rows", 3, "differs from 4 rows of the plan");
+          });
+          std::vector<int64_t> send(size), recv(size);
+          if (next == NextExchange::kCounts)
+            comm::exchange_counts(send, 1, group, {"dispatch", 2, 41});
+          comm::exchange_rows(send.data(), recv.data(), {DType::kInt64, 1}, plan, group,
+                              {"dispatch", 2, 41});
+        });
+        EXPECT_EQ(caught.type, "ConfigError") << caught.text;
+        const std::string of_bad = "of rank " + std::to_string(bad) + " before the exchange";
+        expect_contains(caught.text, group.rank() == bad
+                                         ? std::vector<std::string>{"[dispatch] rows=3 differs"}
+                                         : std::vector<std::string>{"arguments=refused", of_bad});
+        EXPECT_EQ(catch_error([&] { comm::barrier(group); }).type, "none");
+      }
+    }
   });
 }
 

@@ -292,11 +292,13 @@ TEST(Report, Lines) {
   report.cross_entropy = .53127;
   report.gate_losses = {{"aux_loss", 1.0204}};
   report.tokens_per_expert = {100, 0, 100, 200};
+  report.experts_per_token = 2.004;
   report.max_vio = 1;
   report.step_ms = 1.234;
   report.tokens_per_second = 207000;
   EXPECT_EQ(step_line(report),
-            "step  100/1404 | loss 0.5313 | aux 1.020 | maxvio 1.00 | dead 1/4 | 1.23 ms | "
+            "step  100/1404 | loss 0.5313 | aux 1.020 | experts/token 2.00 | maxvio 1.00 | dead "
+            "1/4 | 1.23 ms | "
             "207.0k tok/s");
   report.num_dropped = 7;
   EXPECT_NE(step_line(report).find("| drop 7 |"), std::string::npos);
@@ -311,6 +313,38 @@ TEST(Report, FinalTable) {
       {{GateKind::kHash, 0, one}, {GateKind::kTopK, 0, one}, {GateKind::kTopK, 1, two}});
   EXPECT_NE(table.find("| hash |"), std::string::npos) << table;
   EXPECT_NE(table.find("| topk | 0.8100 ±0.0100 |"), std::string::npos) << table;
+  for (const char* column : {"accuracy", "cross-entropy", "experts, training", "experts, test",
+                             "max_vio", "NMI", "s/epoch", "rows/image"}) {
+    EXPECT_NE(table.find(column), std::string::npos) << table;
+  }
+}
+
+TEST(Report, ResultJson) {
+  RunResult result;
+  result.num_steps = 9;
+  result.domain_expert = {1.0 / 3, 2.0 / 3};
+  for (int64_t step : {5, 9}) {
+    StepReport point;
+    point.step = step;
+    point.cross_entropy = 1.0 / static_cast<double>(step);
+    point.experts_per_token = 4;
+    result.curve.push_back(point);
+  }
+  const TrainOptions options;
+  std::string text = to_json(result_json({GateKind::kTopK, 7, result}, options, 2));
+  for (const char* part :
+       {"\"gate\":\"topk\"", "\"seed\":7", "\"ranks\":2", "\"training_experts_per_token\":4.0",
+        "\"domains\":[\"plain\",\"inverted\",\"rotated\",\"permuted\"]",
+        "\"domain_expert\":[0.333333,0.666667]", "\"curve_step\":[5,9]",
+        "\"curve_cross_entropy\":[0.2,0.111111]"}) {
+    EXPECT_NE(text.find(part), std::string::npos) << part << " in " << text;
+  }
+  EXPECT_EQ(text.find("tree_"), std::string::npos);
+  result.trees = {1, {3, 2, 1}, {2}, {1}};
+  text = to_json(result_json({GateKind::kComet, 7, result}, options, 2));
+  EXPECT_NE(text.find("\"tree_reached\":[3,2,1],\"tree_left\":[2],\"tree_right\":[1]"),
+            std::string::npos)
+      << text;
 }
 
 TEST(MultiReport, TablesAndJson) {

@@ -79,6 +79,16 @@ void expect_equal_runs(const RunResult& a, const RunResult& b, double tolerance,
   EXPECT_EQ(a.experts_per_token, b.experts_per_token);
   EXPECT_NEAR(a.domain_nmi, b.domain_nmi, std::max(tolerance, 1e-12));
   EXPECT_EQ(a.tokens_per_expert, b.tokens_per_expert);
+  EXPECT_LE(relative_difference(a.domain_expert, b.domain_expert, compare), tolerance);
+  EXPECT_EQ(a.trees.reached, b.trees.reached);
+  EXPECT_EQ(a.trees.left, b.trees.left);
+  EXPECT_EQ(a.trees.right, b.trees.right);
+  EXPECT_EQ(a.rows_per_token, b.rows_per_token);
+  ASSERT_EQ(a.curve.size(), b.curve.size());
+  for (size_t i = 0; i < a.curve.size(); ++i) {
+    EXPECT_NEAR(a.curve[i].cross_entropy, b.curve[i].cross_entropy, 10 * tolerance);
+    EXPECT_EQ(a.curve[i].experts_per_token, b.curve[i].experts_per_token);
+  }
 }
 
 class SameAtAnyRankCount : public ::testing::TestWithParam<GateKind> {};
@@ -188,6 +198,23 @@ TEST(TrainDomains, CountsAreRight) {
       EXPECT_EQ(result.max_vio, 7);
       EXPECT_EQ(result.domain_nmi, 0);
     }
+    EXPECT_EQ(result.rows_per_token, static_cast<double>(active));
+    ASSERT_EQ(result.curve.size(), size_t{2});
+    for (const StepReport& point : result.curve) {
+      EXPECT_EQ(point.experts_per_token, static_cast<double>(active));
+    }
+    // Each domain gives all its weight to the experts.
+    ASSERT_EQ(result.domain_expert.size(), size_t{kNumDomains * 8});
+    for (auto row = result.domain_expert.begin(); row != result.domain_expert.end(); row += 8) {
+      EXPECT_NEAR(std::accumulate(row, row + 8, 0.0), 1, 1e-6);
+    }
+    if (gate == GateKind::kOracle) {
+      EXPECT_NEAR(result.domain_nmi, 1, .02);  // 64 images are not quite 16 of each
+      for (size_t d = 0; d < size_t{kNumDomains}; ++d) {
+        EXPECT_EQ(result.domain_expert[d * 8 + d], 1);
+      }
+    }
+    EXPECT_EQ(result.trees.num_trees, gate == GateKind::kComet ? 2 : 0);
     int64_t parameters = 0;
     for (const WeightDump& weight : result.weights) {
       parameters += static_cast<int64_t>(weight.values.size());
@@ -232,7 +259,22 @@ TEST(TrainDomains, StepsAndEpochs) {
   options.train_iters = 0;
   options.epochs = 3;
   EXPECT_EQ(num_steps(options, 256), 12);  // the last 24 images of an epoch are dropped
-  EXPECT_EQ(train_domains(comm::self_group(), fixture_data(), options).losses.size(), size_t{12});
+  const RunResult result = train_domains(comm::self_group(), fixture_data(), options);
+  EXPECT_EQ(result.losses.size(), size_t{12});
+  EXPECT_DOUBLE_EQ(result.seconds_per_epoch, result.seconds / 3);
+}
+
+TEST(TrainDomains, Curve) {
+  TrainOptions options = small_run(GateKind::kHash);  // its loss is the cross-entropy
+  options.train_iters = 120;
+  const RunResult result = train_domains(comm::self_group(), fixture_data(), options);
+  ASSERT_EQ(result.curve.size(), size_t{40});  // of 3 steps: at most 50 points
+  for (size_t i = 0; i < result.curve.size(); ++i) {
+    EXPECT_EQ(result.curve[i].step, 3 * static_cast<int64_t>(i) + 3);
+    const double mean =
+        (result.losses[3 * i] + result.losses[3 * i + 1] + result.losses[3 * i + 2]) / 3;
+    EXPECT_NEAR(result.curve[i].cross_entropy, mean, 1e-12);
+  }
 }
 
 TEST(TrainDomains, WrongSettings) {

@@ -4,7 +4,6 @@
 //   NoTokens          T = 0, none valid: zero losses, zero gradients
 //   OneExpert         no parameters, weight 1
 //   SaturationWarning in training only, above 99 % saturated nodes
-//   Errors            every text
 #include <c10/util/Exception.h>
 
 #include <cmath>
@@ -118,59 +117,6 @@ TEST(CometEdges, SaturationWarning) {
   ASSERT_EQ(warnings.texts.size(), 1u);
   EXPECT_NE(warnings.texts[0].find("[comet_gate] saturated_nodes=222 of 222: "), std::string::npos)
       << warnings.texts[0];
-}
-
-TEST(CometEdges, Errors) {
-  const auto with = [](const std::function<void(CometGateOptions&)>& change) {
-    return error_text<ConfigError>([&] {
-      CometGateOptions options(4, 8);
-      change(options);
-      CometGate gate(options);
-    });
-  };
-  EXPECT_EQ(with([](auto& o) { o.top_k(9); }),
-            "[comet_gate] top_k=9 exceeds num_experts=8; choose top_k in [1, 8]");
-  EXPECT_EQ(with([](auto& o) { o.top_k(0); }),
-            "[comet_gate] top_k=0 is below 1; choose top_k in [1, 8]");
-  EXPECT_EQ(with([](auto& o) { o.num_experts(0); }),
-            "[comet_gate] num_experts=0 is below 1; a gate needs an expert");
-  EXPECT_EQ(with([](auto& o) { o.d_model(0); }),
-            "[comet_gate] d_model=0 is below 1; give the width of the tokens");
-  for (const double gamma : {0., -1., double(NAN), double(INFINITY), 1e-60}) {
-    EXPECT_EQ(with([&](auto& o) { o.gamma(gamma); }),
-              "[comet_gate] gamma=" + to_text(gamma) +
-                  " is not a finite number above 0; choose the width of the switches, 1 by "
-                  "default");
-  }
-  for (const double coeff : {-1., double(NAN), double(INFINITY)}) {
-    const std::string text =
-        "=" + to_text(coeff) + " is not a finite number from 0 on; choose 0 to switch the loss off";
-    EXPECT_EQ(with([&](auto& o) { o.entropy_coeff(coeff); }), "[comet_gate] entropy_coeff" + text);
-    EXPECT_EQ(with([&](auto& o) { o.balance_coeff(coeff); }), "[comet_gate] balance_coeff" + text);
-  }
-  EXPECT_EQ(with([](auto& o) { o.entropy_schedule({1.5}); }),
-            "[comet_gate] schedule.ramp_until=1.5 is outside [0, 1]; it is a share of the "
-            "training, 0 for a constant coefficient");
-  for (const double min_weight : {-.1, .125, double(NAN)}) {
-    EXPECT_EQ(with([&](auto& o) { o.min_weight(min_weight); }),
-              "[comet_gate] min_weight=" + to_text(min_weight) +
-                  " is outside [0, 1/num_experts=0.125), where every token keeps an expert; choose "
-                  "0 for exact weights");
-  }
-  CometGate gate(CometGateOptions(4, 8));
-  EXPECT_EQ(error_text<ConfigError>([&] {
-              gate.forward(input_of(at::zeros({3, 5})));
-            }),
-            "[comet_gate] tokens=Float[3, 5] has another width than d_model=4");
-  EXPECT_EQ(error_text<ConfigError>([&] {
-              gate.forward(input_of(at::empty({3, 4}, at::TensorOptions().device(at::kMeta))));
-            }),
-            "[comet_gate] tokens.device=meta differs from leaf_bias.device=cpu");
-  GateInput input = input_of(at::zeros({3, 4}));
-  input.progress = NAN;
-  EXPECT_EQ(error_text<ConfigError>([&] { gate.forward(input); }),
-            "[comet_gate] progress=nan is not a number; give the finished share of the training, "
-            "in [0, 1]");
 }
 
 }  // namespace

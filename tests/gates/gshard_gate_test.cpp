@@ -218,24 +218,5 @@ TEST(GShardGate, Edges) {
   }
 }
 
-TEST(GShardGate, Errors) {
-  const auto text = [](const GShardGateOptions& options) {
-    return error_text<ConfigError>([&] { GShardGate gate(options); });
-  };
-  EXPECT_EQ(text(GShardGateOptions(0, 8)),
-            "[gshard_gate] d_model=0 is below 1; give the width of the tokens");
-  EXPECT_EQ(text(GShardGateOptions(4, 0)),
-            "[gshard_gate] num_experts=0 is below 1; a gate needs an expert");
-  EXPECT_EQ(text(GShardGateOptions(4, 8).second_threshold(1.5)),
-            "[gshard_gate] second_threshold=1.5 is outside [0, 1]; it is compared with p2 / (p1 + "
-            "p2)");
-  EXPECT_EQ(text(GShardGateOptions(4, 8).aux_loss_coeff(-1)),
-            "[gshard_gate] aux_loss_coeff=-1 is not a finite number from 0 on; choose 0 to switch "
-            "the loss off");
-  EXPECT_EQ(text(GShardGateOptions(4, 8).z_loss_coeff(NAN)),
-            "[gshard_gate] z_loss_coeff=nan is not a finite number from 0 on; choose 0 to switch "
-            "the loss off");
-}
-
 }  // namespace
 }  // namespace perseid::testing

@@ -222,31 +222,5 @@ TEST(NoisyTopKGate, Edges) {
   for (const int64_t t : {0, 1, 3, 4}) EXPECT_TRUE(same_bits(rows[t], expected[t]));
 }
 
-TEST(NoisyTopKGate, Errors) {
-  const auto text = [](const NoisyTopKGateOptions& options) {
-    return error_text<ConfigError>([&] { NoisyTopKGate gate(options); });
-  };
-  EXPECT_EQ(text(NoisyTopKGateOptions(0, 8)),
-            "[noisy_top_k_gate] d_model=0 is below 1; give the width of the tokens");
-  EXPECT_EQ(text(NoisyTopKGateOptions(4, 8).top_k(9)),
-            "[noisy_top_k_gate] top_k=9 exceeds num_experts=8; choose top_k in [1, 8]");
-  EXPECT_EQ(text(NoisyTopKGateOptions(4, 8).noise_epsilon(0)),
-            "[noisy_top_k_gate] noise_epsilon=0 is not a finite number above 0; load divides by "
-            "the noise, 1e-2 is usual");
-  EXPECT_EQ(text(NoisyTopKGateOptions(4, 8).noise_std(NAN)),
-            "[noisy_top_k_gate] noise_std=nan is not a finite number above 0; load divides by the "
-            "noise, 1 is usual");
-  EXPECT_EQ(text(NoisyTopKGateOptions(4, 8).importance_coeff(-1)),
-            "[noisy_top_k_gate] importance_coeff=-1 is not a finite number from 0 on; choose 0 to "
-            "switch the loss off");
-  EXPECT_EQ(text(NoisyTopKGateOptions(4, 8).load_coeff(INFINITY)),
-            "[noisy_top_k_gate] load_coeff=inf is not a finite number from 0 on; choose 0 to "
-            "switch the loss off");
-  EXPECT_EQ(error_text<ConfigError>([] {
-              NoisyTopKGate(NoisyTopKGateOptions(4, 8)).forward(input_of(at::zeros({3, 5})));
-            }),
-            "[noisy_top_k_gate] tokens=Float[3, 5] has another width than d_model=4");
-}
-
 }  // namespace
 }  // namespace perseid::testing

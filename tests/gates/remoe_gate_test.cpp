@@ -174,19 +174,5 @@ TEST(ReMoEGate, NonFinite) {
   for (const int64_t t : {0, 1, 3, 4}) EXPECT_TRUE(same_bits(rows[t], good[t]));
 }
 
-TEST(ReMoEGate, Errors) {
-  const auto text = [](const ReMoEGateOptions& options) {
-    return error_text<ConfigError>([&] { ReMoEGate gate(options); });
-  };
-  EXPECT_EQ(text(ReMoEGateOptions(0, 8)),
-            "[remoe_gate] d_model=0 is below 1; give the width of the tokens");
-  EXPECT_EQ(text(ReMoEGateOptions(4, 8).top_k(9)),
-            "[remoe_gate] top_k=9 exceeds num_experts=8; choose top_k in [1, 8]");
-  EXPECT_EQ(text(ReMoEGateOptions(4, 8).l1_coeff_start(0)),
-            "[remoe_gate] l1_coeff_start=0 is outside [1e-12, 100], the range of the coefficient");
-  EXPECT_EQ(text(ReMoEGateOptions(4, 8).l1_coeff_factor(1)),
-            "[remoe_gate] l1_coeff_factor=1 is not a finite number above 1; 1.2 is usual");
-}
-
 }  // namespace
 }  // namespace perseid::testing

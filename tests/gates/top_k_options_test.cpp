@@ -5,6 +5,9 @@
 //   SequenceLoss       equals the sum of the losses of each sequence alone; gradient; padding
 //   BalanceLoss        is balance_entropy_loss of the importance, with its gradient
 //   Statistics         equal those counted from the routing
+//   Warns...           of weights without a gradient, once and only of these
+#include <c10/util/Exception.h>
+
 #include <cmath>
 
 #include "tests/gates/gate_test.h"
@@ -198,6 +201,27 @@ TEST(TopKOptions, Statistics) {
       }
     }
   }
+}
+
+struct Warnings : c10::WarningHandler {
+  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+  std::vector<std::string> texts;
+};
+
+TEST(TopKOptions, WarnsOfConstantWeights) {
+  Warnings warnings;
+  c10::WarningUtils::WarningHandlerGuard guard(&warnings);
+  const bool always = c10::WarningUtils::get_warnAlways();
+  c10::WarningUtils::set_warnAlways(true);  // another test may have used up the one warning
+  TopKGate(TopKGateOptions(4, 8).top_k(1));
+  TopKGate(TopKGateOptions(4, 8).top_k(1).normalization(Normalization::kAll));
+  TopKGate(TopKGateOptions(4, 8).top_k(2).normalization(Normalization::kSelected));
+  EXPECT_TRUE(warnings.texts.empty());
+  TopKGate(TopKGateOptions(4, 8).top_k(1).normalization(Normalization::kSelected));
+  c10::WarningUtils::set_warnAlways(always);
+  ASSERT_EQ(warnings.texts.size(), 1u);
+  EXPECT_NE(warnings.texts[0].find("[top_k_gate] top_k=1 with normalization=selected"),
+            std::string::npos);
 }
 
 }  // namespace
