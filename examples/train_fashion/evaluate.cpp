@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "comm/collectives.h"
+#include "examples/train_fashion/loop.h"
 #include "examples/train_fashion/metrics.h"
 #include "examples/train_fashion/model.h"
 #include "examples/train_fashion/shard.h"
@@ -17,7 +18,6 @@
 namespace perseid::examples {
 namespace {
 
-constexpr int64_t kTestBatch = 1000;
 constexpr double kActiveWeight = 1e-5;
 
 /// Sums over the images of this rank.

@@ -19,9 +19,11 @@ void Meter::add(double cross_entropy, const MoEOutput& output) {
   }
   local_[0] += cross_entropy;
   for (size_t i = 0; i < names_.size(); ++i) local_[1 + i] += output.losses[i].raw.item<double>();
-  const gates::GateStats& stats = output.stats.gates.front();
-  load_ += stats.tokens_per_expert;
-  num_assignments_ += stats.num_assignments;
+  for (const gates::GateStats& gate : output.stats.gates) {
+    load_ += gate.tokens_per_expert;
+    num_assignments_ += gate.num_assignments;
+  }
+  num_gates_ = static_cast<double>(output.stats.gates.size());
   num_dropped_ += output.stats.num_dropped;
   ++steps_;
 }
@@ -40,7 +42,8 @@ StepReport Meter::report(int64_t step, int64_t num_steps, const comm::Group& wor
   }
   report.tokens_per_expert.assign(load_.const_data_ptr<int64_t>(),
                                   load_.const_data_ptr<int64_t>() + load_.numel());
-  report.experts_per_token = static_cast<double>(num_assignments_) / (steps * images_per_step_);
+  report.experts_per_token =
+      static_cast<double>(num_assignments_) / (steps * images_per_step_ * num_gates_);
   report.max_vio = max_vio(load_);
   report.num_dropped = num_dropped_;
   report.step_ms = 1e3 * seconds / steps;

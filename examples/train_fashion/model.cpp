@@ -16,31 +16,42 @@
 namespace perseid::examples {
 namespace {
 
-gates::TopKGateOptions router_options(const TrainOptions& options) {
-  return gates::TopKGateOptions(kImagePixels, options.num_experts)
+gates::InputNorm input_norm(const TrainOptions& options) {
+  return options.input_norm ? gates::InputNorm::kLayerNorm : gates::InputNorm::kNone;
+}
+
+gates::TopKGateOptions router_options(const TrainOptions& options, int64_t d_model,
+                                      int64_t gate_id) {
+  return gates::TopKGateOptions(d_model, options.num_experts)
       .top_k(options.top_k)
       .aux_loss_coeff(options.aux_loss_coeff)
       .z_loss_coeff(options.z_loss_coeff)
       .balance_coeff(options.balance_coeff)
-      .input_norm(gates::InputNorm::kLayerNorm)
+      .input_norm(input_norm(options))
       .bias(true)
-      .seed(options.seed);
+      .seed(options.seed)
+      .gate_id(gate_id);
 }
 
 /// Options of the gates of smooth-step switches.
 template <typename GateOptions>
-GateOptions switch_options(const TrainOptions& options) {
-  return GateOptions(kImagePixels, options.num_experts)
+GateOptions switch_options(const TrainOptions& options, int64_t d_model, int64_t gate_id) {
+  return GateOptions(d_model, options.num_experts)
       .top_k(options.top_k)
       .gamma(options.gamma)
       .entropy_coeff(options.entropy_coeff)
       .entropy_schedule({options.entropy_ramp})
       .balance_coeff(options.balance_coeff)
+      .input_norm(input_norm(options))
       .hard_eval(options.hard_eval)
-      .seed(options.seed);
+      .seed(options.seed)
+      .gate_id(gate_id);
 }
 
-std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options) {
+}  // namespace
+
+std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options, int64_t d_model,
+                                       int64_t gate_id) {
   switch (options.gate) {
     case GateKind::kSingle:
       return std::make_shared<gates::SingleGate>(options.num_experts);
@@ -51,13 +62,15 @@ std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options) {
               .mode(gates::HashMode::kTable)
               .table(at::arange(options.num_experts, at::kLong)));
     case GateKind::kDense:
-      return std::make_shared<gates::DenseGate>(router_options(options).aux_loss_coeff(0));
+      return std::make_shared<gates::DenseGate>(
+          router_options(options, d_model, gate_id).aux_loss_coeff(0));
     case GateKind::kComet:
-      return std::make_shared<gates::CometGate>(switch_options<gates::CometGateOptions>(options));
+      return std::make_shared<gates::CometGate>(
+          switch_options<gates::CometGateOptions>(options, d_model, gate_id));
     case GateKind::kTopK:
       break;
   }
-  return std::make_shared<gates::TopKGate>(router_options(options));
+  return std::make_shared<gates::TopKGate>(router_options(options, d_model, gate_id));
 }
 
 void convert_parameters(const torch::nn::Module& module, at::ScalarType dtype) {
@@ -69,8 +82,6 @@ WeightDump dump_of(const std::string& name, const at::Tensor& tensor) {
   const double* first = values.const_data_ptr<double>();
   return WeightDump{name, values.sizes().vec(), std::vector<double>(first, first + values.numel())};
 }
-
-}  // namespace
 
 at::ScalarType tensor_type(kernels::DType dtype) {
   switch (dtype) {
@@ -87,7 +98,7 @@ std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOption
   const ParallelGroups groups = make_parallel_groups(world, options.ep_size);
   const auto placement =
       ExpertPlacement::contiguous(options.num_experts, groups.expert_parallel.size());
-  auto gate = make_gate(options);
+  auto gate = make_gate(options, kImagePixels);
   auto experts = std::make_shared<GroupedLinear>(
       GroupedLinearOptions(kImagePixels, kNumClasses).init_bound(.03).seed(options.seed), placement,
       groups.expert_parallel.rank());

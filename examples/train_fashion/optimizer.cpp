@@ -35,7 +35,9 @@ double learning_rate(const TrainOptions& options, double progress) {
 GateAdam::GateAdam(const torch::nn::Module& model,
                    const std::vector<std::shared_ptr<gates::Gate>>& gates,
                    const TrainOptions& options)
-    : options_(options), optimizer_(parameter_groups(model, gates), torch::optim::AdamOptions()) {}
+    : options_(options),
+      optimizer_(parameter_groups(model, gates),
+                 torch::optim::AdamOptions().eps(options.adam_eps)) {}
 
 void GateAdam::step(double progress) {
   const double rate = learning_rate(options_, progress);

@@ -15,7 +15,7 @@ namespace perseid::examples {
 class GateAdam {
  public:
   /// @param model  with `gates` somewhere below it
-  /// @param options  lr, gate_lr_factor, lr_decay
+  /// @param options  lr, adam_eps, gate_lr_factor, lr_decay
   GateAdam(const torch::nn::Module& model, const std::vector<std::shared_ptr<gates::Gate>>& gates,
            const TrainOptions& options);
   void zero_grad() { optimizer_.zero_grad(); }

@@ -16,8 +16,6 @@
 namespace perseid::examples {
 namespace {
 
-std::string count_text(int64_t count) { return with_commas(static_cast<long long>(count)); }
-
 std::string gate_text(GateKind gate, const TrainOptions& train) {
   const auto experts = static_cast<long long>(train.num_experts);
   switch (gate) {
@@ -40,18 +38,11 @@ std::string gate_text(GateKind gate, const TrainOptions& train) {
                      static_cast<long long>(train.top_k), experts);
 }
 
-std::string mean_text(const std::vector<FinishedRun>& runs, const char* format,
-                      const std::function<double(const RunResult&)>& value) {
+std::string mean_of_runs(const std::vector<FinishedRun>& runs, const char* format,
+                         const std::function<double(const RunResult&)>& value) {
   std::vector<double> values;
   for (const FinishedRun& run : runs) values.push_back(value(run.result));
-  const MeanAndError mean = mean_and_error(values);
-  const auto number = [format](double x) {
-    std::array<char, 64> text{};
-    std::snprintf(text.data(), text.size(), format, x);
-    return std::string(text.data());
-  };
-  return values.size() == 1 ? number(mean.mean)
-                            : number(mean.mean) + " ±" + number(mean.standard_error);
+  return mean_text(values, format);
 }
 
 /// At the end of the training.
@@ -82,6 +73,26 @@ void add_curve(JsonObject& object, const std::vector<StepReport>& curve) {
 
 }  // namespace
 
+std::string count_text(int64_t count) { return with_commas(static_cast<long long>(count)); }
+
+std::string mean_text(const std::vector<double>& values, const char* format) {
+  const MeanAndError mean = mean_and_error(values);
+  const auto number = [format](double x) {
+    std::array<char, 64> text{};
+    std::snprintf(text.data(), text.size(), format, x);
+    return std::string(text.data());
+  };
+  return values.size() == 1 ? number(mean.mean)
+                            : number(mean.mean) + " ±" + number(mean.standard_error);
+}
+
+TaskFacts facts_of(const DomainData& data, const ProgramOptions& options) {
+  return {"domains  (4 transforms, linear experts 784 -> 10)",
+          count_text(data.train.size()) + " training, " + count_text(data.test.size()) +
+              (options.validation_images > 0 ? " held out of them as test" : " test"),
+          data.train.size(), [](const TrainOptions& train) { return count_parameters(train); }};
+}
+
 std::string version_line(const comm::LaunchInfo& launch, const comm::Group& world, int num_hosts) {
   return format_text("perseid %s | LibTorch %d.%d.%d | %s | %s", PERSEID_VERSION,
                      TORCH_VERSION_MAJOR, TORCH_VERSION_MINOR, TORCH_VERSION_PATCH,
@@ -89,19 +100,20 @@ std::string version_line(const comm::LaunchInfo& launch, const comm::Group& worl
 }
 
 std::string start_table(const ProgramOptions& options, const std::string& folder,
-                        const DomainData& data, int num_ranks, int64_t threads) {
+                        const TaskFacts& facts, int num_ranks, int64_t threads) {
   const TrainOptions& train = options.train;
   std::vector<Setting> settings;
-  settings.push_back({"task", "domains  (4 transforms, linear experts 784 -> 10)"});
+  settings.push_back({"task", facts.task});
   for (const GateKind gate : options.gates) settings.push_back({"gate", gate_text(gate, train)});
   for (const GateKind gate : options.gates) {
     TrainOptions run = train;
     run.gate = gate;
-    const ParameterCount count = count_parameters(run);
+    const ParameterCount count = facts.count(run);
     settings.push_back(
         {std::string("parameters ") + gate_name(gate),
          count_text(count.total) + " total, " + count_text(count.active) + " active per image"});
   }
+  settings.push_back({"input of gates", train.input_norm ? "LayerNorm(x) / sqrt(D)" : "pixels"});
   settings.push_back(
       {"aux loss, z-loss", format_text("%g, %g", train.aux_loss_coeff, train.z_loss_coeff)});
   settings.push_back({"balance", format_text("%g", train.balance_coeff)});
@@ -115,9 +127,7 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
                                                                        : "float32";
   settings.push_back({"dtype", dtype});
   settings.push_back({"data", folder});
-  settings.push_back(
-      {"images", count_text(data.train.size()) + " training, " + count_text(data.test.size()) +
-                     (options.validation_images > 0 ? " held out of them as test" : " test")});
+  settings.push_back({"images", facts.images});
   settings.push_back({"data seed", std::to_string(options.data_seed)});
   std::string seeds;
   for (const uint64_t seed : options.seeds) {
@@ -129,7 +139,7 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
       {"optimizer", format_text("Adam, lr %g (gate %g), down to 0 over the last %g", train.lr,
                                 train.lr * train.gate_lr_factor, train.lr_decay)});
   settings.push_back({"global batch", count_text(train.global_batch_size) + " images"});
-  const int64_t steps = num_steps(train, data.train.size());
+  const int64_t steps = num_steps(train, facts.num_images);
   settings.push_back(
       {"steps", count_text(steps) +
                     (train.train_iters > 0
@@ -200,7 +210,7 @@ std::string final_table(const std::vector<FinishedRun>& runs) {
     const std::vector<FinishedRun> same(first, last);
     rows.push_back({gate_name(first->gate)});
     for (const Column& column : columns) {
-      rows.back().push_back(mean_text(same, column.format, column.value));
+      rows.back().push_back(mean_of_runs(same, column.format, column.value));
     }
     first = last;
   }
@@ -245,11 +255,11 @@ JsonObject result_json(const FinishedRun& run, const TrainOptions& options, int 
   return object;
 }
 
-void write_dump(const std::string& path, const FinishedRun& run, int num_ranks) {
-  JsonObject object{{"gate", std::string(gate_name(run.gate))},
-                    {"ranks", int64_t{num_ranks}},
-                    {"losses", run.result.losses}};
-  for (const WeightDump& weight : run.result.weights) {
+void write_dump(const std::string& path, GateKind gate, int num_ranks,
+                const std::vector<double>& losses, const std::vector<WeightDump>& weights) {
+  JsonObject object{
+      {"gate", std::string(gate_name(gate))}, {"ranks", int64_t{num_ranks}}, {"losses", losses}};
+  for (const WeightDump& weight : weights) {
     object.push_back({weight.name + ".shape", weight.shape});
     object.push_back({weight.name, weight.values});
   }

@@ -9,6 +9,7 @@
 #include "examples/common/console.h"
 #include "examples/common/json_lines.h"
 #include "examples/common/text.h"
+#include "examples/train_fashion/multi_report.h"
 #include "examples/train_fashion/options.h"
 #include "examples/train_fashion/report.h"
 #include "kernels/error.h"
@@ -167,6 +168,31 @@ TEST(CommandLine, SettingsOfTheRecipe) {
   EXPECT_EQ(parse({"--validation-images", "10000"}).options.validation_images, 10000);
 }
 
+TEST(CommandLine, DefaultsOfTheTask) {
+  CommandLine line = parse({"--task", "multi"});
+  ASSERT_TRUE(line.run) << line.text;
+  EXPECT_EQ(line.options.task, Task::kMulti);
+  EXPECT_EQ(line.options.protocol, Protocol::kSmall);
+  EXPECT_EQ(line.options.experts, ExpertKind::kMlp);
+  EXPECT_EQ(line.options.train.num_experts, 6);
+  EXPECT_EQ(line.options.train.lr, 5e-4);
+  EXPECT_FALSE(line.options.train.input_norm);
+  // Flags win, wherever they stand.
+  line = parse({"--lr", "0.25", "--protocol", "published", "--gate", "all", "--task=multi",
+                "--input-norm", "layer_norm"});
+  ASSERT_TRUE(line.run) << line.text;
+  EXPECT_EQ(line.options.protocol, Protocol::kPublished);
+  EXPECT_EQ(line.options.experts, ExpertKind::kConv);
+  EXPECT_EQ(line.options.train.epochs, 200);
+  EXPECT_EQ(line.options.train.lr, .25);
+  EXPECT_TRUE(line.options.train.input_norm);
+  EXPECT_EQ(line.options.gates, (std::vector<GateKind>{GateKind::kSingle, GateKind::kTopK,
+                                                       GateKind::kComet, GateKind::kDense}));
+  line = parse({"--task", "multi", "--help"});
+  EXPECT_NE(line.text.find("over all ranks"), std::string::npos);
+  EXPECT_NE(line.text.find("=0.0005"), std::string::npos) << line.text;
+}
+
 TEST(CommandLine, SeveralSeedsAndAllGates) {
   const CommandLine line = parse({"--gate", "all", "--seeds", "0", "1", "2"});
   ASSERT_TRUE(line.run) << line.text;
@@ -185,7 +211,16 @@ TEST(CommandLine, WrongValues) {
            {{"--gate", "commet"},
             {"--gate", "commet", "{single,hash,oracle,topk,comet,dense,all}"}},
            {{"--task", "single"}, {"--task", "single", "{domains,multi}"}},
-           {{"--task", "multi"}, {"--task", "multi", "choose domains"}},
+           {{"--task", "multi", "--gate", "hash"},
+            {"--gate", "value hash", "{single,topk,comet,dense,all}"}},
+           {{"--task", "multi", "--validation-images", "9"},
+            {"--validation-images", "--task domains"}},
+           {{"--protocol", "small"}, {"--protocol", "--task multi"}},
+           {{"--experts", "conv"}, {"--experts", "--task multi"}},
+           {{"--task", "multi", "--protocol", "big"}, {"big", "{published,small}"}},
+           {{"--task", "multi", "--experts", "rnn"}, {"rnn", "{conv,mlp}"}},
+           {{"--input-norm", "batch"}, {"batch", "{none,layer_norm}"}},
+           {{"--adam-eps", "0"}, {"--adam-eps", "value 0", "to 1"}},
            {{"--gamma", "0"}, {"--gamma", "value 0", "1e-06 to"}},
            {{"--entropy-ramp", "1.5"}, {"--entropy-ramp", "value 1.5", "0 to 1"}},
            {{"--entropy-coeff", "-1"}, {"--entropy-coeff", "value -1", "0 to"}},
@@ -310,6 +345,41 @@ TEST(Report, ResultJson) {
   EXPECT_NE(text.find("\"tree_reached\":[3,2,1],\"tree_left\":[2],\"tree_right\":[1]"),
             std::string::npos)
       << text;
+}
+
+TEST(MultiReport, TablesAndJson) {
+  const auto run_with = [](GateKind gate, uint64_t seed, double accuracy) {
+    FinishedMulti run{gate, seed, {}};
+    run.result.epochs.resize(2);
+    run.result.best_epoch = 2;
+    run.result.epochs[1].train.tasks[1].experts_per_token = 2.5;
+    run.result.epochs[1].validation.tasks[0].accuracy = .75;
+    run.result.test.tasks[0].accuracy = accuracy;
+    run.result.test.tasks[1].accuracy = .7;
+    run.result.test.tasks[1].tokens_per_expert = {3, 1};
+    run.result.test.rows_per_sample = 3.25;
+    return run;
+  };
+  const FinishedMulti one = run_with(GateKind::kTopK, 0, .8);
+  const std::string table =
+      final_table({one, run_with(GateKind::kTopK, 1, .82), run_with(GateKind::kComet, 0, .9)});
+  EXPECT_NE(table.find("| topk  |     top left | 0.8100 ±0.0100 |"), std::string::npos) << table;
+  EXPECT_NE(table.find("|       | bottom right | 0.7000 ±0.0000 |"), std::string::npos) << table;
+  EXPECT_NE(table.find("| comet |     top left |         0.9000 |"), std::string::npos) << table;
+  EXPECT_NE(table.find("2.50 ±0.00"), std::string::npos) << table;
+  EXPECT_NE(table.find("3.25"), std::string::npos) << table;
+  const std::string lines = result_line(one);
+  EXPECT_NE(lines.find("epoch 2, bottom right | accuracy 0.7000"), std::string::npos) << lines;
+  EXPECT_NE(epoch_line(one.result.epochs[1]).find("validation accuracy 0.7500 0.0000"),
+            std::string::npos);
+  const std::string json = to_json(result_json(one, multi_defaults(Protocol::kSmall), 2));
+  for (const char* part :
+       {R"("task":"multi","gate":"topk","seed":0,"ranks":2)", R"("accuracy":[0.8,0.7])",
+        R"("tokens_per_expert_bottom_right":[3,1])",
+        R"("train_experts_per_token_bottom_right":[0.0,2.5])",
+        R"("validation_accuracy_top_left":[0.0,0.75])", R"("rows_per_sample":3.25)"}) {
+    EXPECT_NE(json.find(part), std::string::npos) << part << " in " << json;
+  }
 }
 
 }  // namespace

@@ -34,6 +34,11 @@ for start in "" "${mpiexec:+$mpiexec -n 2}"; do
   expect 64 "validation_images=256" $start "$train" --data "$here/fashion-mnist" \
     --validation-images 256
   # shellcheck disable=SC2086
+  expect 64 "--gate: value hash is not one of" $start "$train" --task multi --gate hash
+  # shellcheck disable=SC2086
+  expect 64 "global_batch_size=129" $start "$train" --task multi --data "$here/fashion-mnist" \
+    --global-batch-size 129
+  # shellcheck disable=SC2086
   expect 74 "/no/such/folder/x.json" $start "$train" --data "$here/fashion-mnist" --train-iters 1 \
     --json /no/such/folder/x.json
 done
