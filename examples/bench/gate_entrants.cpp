@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/autograd.h>
 
 #include "gates/comet_gate.h"
+#include "gates/dselect_k_gate.h"
 #include "gates/hash_gate.h"
 #include "gates/top_k_gate.h"
 
@@ -49,8 +50,11 @@ std::vector<NamedGate> make_gates(const LayerCase& shape, uint64_t seed) {
   const int64_t D = shape.d_model, E = shape.num_experts, K = shape.top_k;
   const auto comet =
       std::make_shared<gates::CometGate>(gates::CometGateOptions(D, E).top_k(K).seed(seed));
+  const auto dselect_k =
+      std::make_shared<gates::DSelectKGate>(gates::DSelectKGateOptions(D, E).top_k(K).seed(seed));
   const at::NoGradGuard no_grad;
-  for (const at::Tensor& switches : {comet->split_weight, comet->split_bias}) {
+  for (const at::Tensor& switches :
+       {comet->split_weight, comet->split_bias, dselect_k->code_weight, dselect_k->code_bias}) {
     if (switches.defined()) switches.mul_(kSaturating);
   }
   return {

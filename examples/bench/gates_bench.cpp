@@ -143,7 +143,7 @@ void run_gates_bench(const GatesBenchOptions& options, std::ostream& out) {
                      options.threads, static_cast<long long>(options.repeats))
       << "gate share = gate alone / layer with its gate; speed-up = the same gate and layer with "
          "every expert executed / layer;\nboth in the same round, median of the rounds; switches "
-         "of comet are saturated\n";
+         "of dselectk and comet are saturated\n";
   const GateProblem problem = make_gate_problem(options.shape, options.seed);
   const std::vector<Entrant> entrants = make_entrants(options.shape, problem, options.seed);
   const std::vector<Result> results = measure(entrants, problem, options.repeats);
