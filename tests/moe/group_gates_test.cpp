@@ -14,6 +14,7 @@
 #include "gates/base_gate.h"
 #include "gates/expert_choice_gate.h"
 #include "gates/hash_gate.h"
+#include "gates/sinkhorn_gate.h"
 #include "kernels/error.h"
 #include "moe/gradients.h"
 #include "tests/moe/layer_fixture.h"
@@ -53,6 +54,22 @@ const std::vector<GateCase>& all_cases() {
        },
        [](const at::Tensor& logits, const at::Tensor& is_chosen) {
          return 1 - (logits.sigmoid() * is_chosen).sum(1);
+       }},
+      {"sinkhorn_1",
+       [] {
+         return std::make_shared<gates::SinkhornGate>(
+             gates::SinkhornGateOptions(kDModel, kExperts).top_k(1).group_size(kGroup));
+       },
+       [](const at::Tensor& logits, const at::Tensor& is_chosen) {
+         return logits.sigmoid() * is_chosen;
+       }},
+      {"sinkhorn_2",
+       [] {
+         return std::make_shared<gates::SinkhornGate>(
+             gates::SinkhornGateOptions(kDModel, kExperts).top_k(2).group_size(kGroup));
+       },
+       [](const at::Tensor& logits, const at::Tensor& is_chosen) {
+         return logits.softmax(1) * is_chosen;
        }},
       {"hash",
        [] {
