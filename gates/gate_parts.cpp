@@ -44,9 +44,14 @@ void require_input(const GateInput& input, const at::Tensor& weight, const char*
           input.tokens.device(), "differs from weight.device=" + to_text(weight.device()));
 }
 
-at::Tensor router_features(const at::Tensor& tokens, InputNorm norm, const at::Tensor& weight) {
-  if (norm == InputNorm::kNone) return tokens;  // no second copy of them is kept
-  return gate_features(tokens, norm, router_compute_type(weight));
+at::Tensor valid_tokens(const GateInput& input) {
+  if (!input.valid.has_value() || input.valid->all().item<bool>()) return input.tokens;
+  return input.tokens.masked_fill(input.valid->logical_not().unsqueeze(1), 0);
+}
+
+at::Tensor router_features(const GateInput& input, InputNorm norm, const at::Tensor& weight) {
+  if (norm == InputNorm::kNone) return input.tokens;  // no second copy of them is kept
+  return gate_features(valid_tokens(input), norm, router_compute_type(weight));
 }
 
 at::Tensor linear_features(const GateInput& input, InputNorm norm, const at::Tensor& weight) {

@@ -20,8 +20,13 @@ void require_d_model(const char* operation, int64_t d_model);
 /// Throws ConfigError unless the input fits the router: width and device.
 void require_input(const GateInput& input, const at::Tensor& weight, const char* operation);
 
-/// What the router reads: the tokens as they are, or normalised in the type of the arithmetic.
-at::Tensor router_features(const at::Tensor& tokens, InputNorm norm, const at::Tensor& weight);
+/// The tokens, zeros for those that are not valid: these may hold anything, and a NaN in them would
+/// reach gradients, as 0 * NaN is not 0.
+at::Tensor valid_tokens(const GateInput& input);
+
+/// What the router reads: the tokens as they are, or the valid ones normalised in the type of the
+/// arithmetic.
+at::Tensor router_features(const GateInput& input, InputNorm norm, const at::Tensor& weight);
 
 /// What linear_logits reads of them: as router_features, but with a norm the rows of tokens that
 /// are not valid are zeros, as a NaN in them would reach the gradient through the norm.

@@ -118,7 +118,7 @@ GateOutput GShardGate::forward(const GateInput& input) {
   router.lse_square_sum = options_.z_loss_coeff() > 0;
   router.score_shares = is_sampled;
   const LinearRouterOutput routed = linear_router(
-      router_features(input.tokens, options_.input_norm(), weight), weight, {}, valid, router);
+      router_features(input, options_.input_norm(), weight), weight, {}, valid, router);
 
   const Tensor is_valid =
       valid.defined() ? valid : at::ones({T}, routed.expert_idx.options().dtype(at::kBool));

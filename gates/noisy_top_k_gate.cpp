@@ -53,7 +53,7 @@ NoisyTopKGate::NoisyTopKGate(const NoisyTopKGateOptions& options)
 
 NoisyTopKGate::Logits NoisyTopKGate::logits_of(const GateInput& input) const {
   const at::Tensor valid = input.valid.value_or(at::Tensor());
-  const at::Tensor features = router_features(input.tokens, options_.input_norm(), weight);
+  const at::Tensor features = router_features(input, options_.input_norm(), weight);
   Logits logits;
   logits.clean = logits.noisy = linear_logits(features, weight, {}, valid);
   if (!input.training) return logits;

@@ -56,7 +56,7 @@ void ReMoEGate::after_step(const GateStats& global_stats) {
 GateOutput ReMoEGate::forward(const GateInput& input) {
   require_shape(weight, {num_experts(), options_.d_model()}, kOperation, "weight");
   require_input(input, weight, kOperation);
-  const at::Tensor features = router_features(input.tokens, options_.input_norm(), weight);
+  const at::Tensor features = router_features(input, options_.input_norm(), weight);
   const at::Tensor logits = linear_logits(features, weight, {}, input.valid.value_or(at::Tensor()));
   const at::Tensor weights = at::relu(logits);  // rows that are not valid are 0: no pair
 

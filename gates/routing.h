@@ -53,5 +53,7 @@ at::Tensor dense_weights(const Routing& routing, int64_t num_experts);
 void validate(const Routing& routing, int64_t num_experts, const char* operation);
 /// The part of it that reads no data: shapes and types.
 void validate_shapes(const Routing& routing, int64_t num_experts, const char* operation);
+/// The part of it that is about rows and ids, not about weights: these may be undefined.
+void validate_rows(const Routing& routing, int64_t num_experts, const char* operation);
 
 }  // namespace perseid::gates

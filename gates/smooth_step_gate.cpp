@@ -15,11 +15,7 @@ Tensor uniform_tensor(at::IntArrayRef sizes, double bound, kernels::RandomKey ke
 }
 
 Tensor smooth_step_features(const GateInput& input, InputNorm norm, at::ScalarType type) {
-  Tensor tokens = input.tokens;
-  if (input.valid.has_value() && !input.valid->all().item<bool>()) {
-    tokens = tokens.masked_fill(input.valid->logical_not().unsqueeze(1), 0);
-  }
-  return gate_features(tokens, norm, type);
+  return gate_features(valid_tokens(input), norm, type);
 }
 
 NamedLoss mean_loss(const char* name, const Tensor& sum, double coeff, int64_t num_tokens,

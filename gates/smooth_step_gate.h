@@ -45,8 +45,7 @@ kernels::RandomKey initial_key(const Options& options) {
 /// A float32 tensor of values uniform in [-bound, bound), keyed by `key` and the position alone.
 at::Tensor uniform_tensor(at::IntArrayRef sizes, double bound, kernels::RandomKey key);
 
-/// gate_features of the tokens, zeros for those that are not valid: these may hold anything, and a
-/// NaN in them would reach the gradients of weights and norm, as 0 * NaN is not 0.
+/// gate_features of the valid tokens, zeros for the others.
 at::Tensor smooth_step_features(const GateInput& input, InputNorm norm, at::ScalarType type);
 
 /// What the differentiable core of such a gate returns.

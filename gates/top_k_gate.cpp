@@ -106,7 +106,7 @@ at::Tensor TopKGate::features_of(const GateInput& input) const {
   // Without these the router reads the tokens as they are, and so keeps no second copy of them.
   if (!has_jitter && options_.input_norm() == InputNorm::kNone) return input.tokens;
   const at::ScalarType type = router_compute_type(weight);
-  at::Tensor features = input.tokens;
+  at::Tensor features = valid_tokens(input);
   if (has_jitter) {
     const at::Tensor factor = at::empty(features.sizes(), features.options().dtype(at::kFloat));
     const kernels::RandomKey key = draw_key(options_.seed(), input.step, options_.layer_id(),

@@ -210,6 +210,7 @@ CappedRouting drop_over_capacity(const gates::Routing& routing, int64_t capacity
   validate(options, kOperation);
   require(capacity >= 0, kOperation, "capacity", capacity, "must be at least 0");
   require(num_experts >= 1, kOperation, "num_experts", num_experts, "must be at least 1");
+  gates::validate_shapes(routing, num_experts, kOperation);
 
   const Rows rows(routing);
   const int64_t num_assignments = rows.num_assignments;

@@ -103,15 +103,26 @@ using Dispatch = Linear<&dispatch_rows, &combine_rows>;
 using Combine = Linear<&combine_rows, &dispatch_rows>;
 using DispatchWeights = Linear<&send_weights, &return_weights>;
 
-void check_rows(const at::Tensor& rows, int64_t expected, const char* operation) {
-  require(rows.dim() == 2, operation, "dim", rows.dim(), "is not 2; pass rows of one width");
-  require(rows.size(0) == expected, operation, "rows", rows.size(0),
-          "differs from " + std::to_string(expected) + " rows of the plan");
-}
-
-c10::intrusive_ptr<Pipe> make_pipe(const PlanPtr& plan, const comm::Group& group,
-                                   comm::CallSite site, const char* operation) {
+/// Checks the arguments of one of the three operations; what is wrong reaches the peers as well.
+/// @param expected  how many rows the plan has of this kind
+c10::intrusive_ptr<Pipe> make_pipe(const at::Tensor& rows, const PlanPtr& plan,
+                                   int64_t (*expected)(const RoutingPlan&),
+                                   const comm::Group& group, comm::CallSite site,
+                                   const char* operation) {
   if (!site.operation) site.operation = operation;
+  comm::before_exchange(comm::NextExchange::kRows, group, site, [&] {
+    require(plan != nullptr, operation, "plan", "null", "is none; make_routing_plan makes it");
+    require(plan->rows.send_rows.size() == static_cast<size_t>(group.size()), operation,
+            "plan.ranks", plan->rows.send_rows.size(),
+            "differs from the " + to_text(group.size()) + " ranks of the group");
+    require(rows.defined() && rows.dim() == 2, operation, "dim", rows.defined() ? rows.dim() : -1,
+            "is not 2; pass rows of one width");
+    require(rows.size(0) == expected(*plan), operation, "rows", rows.size(0),
+            "differs from " + to_text(expected(*plan)) + " rows of the plan");
+    require(rows.device().is_cpu(), operation, "device", rows.device(),
+            "is not in this build; pass CPU tensors");
+    dtype_of(rows, operation);
+  });
   return c10::make_intrusive<Pipe>(plan, group, site);
 }
 
@@ -119,20 +130,21 @@ c10::intrusive_ptr<Pipe> make_pipe(const PlanPtr& plan, const comm::Group& group
 
 at::Tensor dispatch(const at::Tensor& tokens, const PlanPtr& plan, const comm::Group& group,
                     comm::CallSite site) {
-  check_rows(tokens, plan->num_tokens, "dispatch");
-  return Dispatch::apply(tokens, make_pipe(plan, group, site, "dispatch"));
+  const auto num_rows = [](const RoutingPlan& p) { return p.num_tokens; };
+  return Dispatch::apply(tokens, make_pipe(tokens, plan, num_rows, group, site, "dispatch"));
 }
 
 at::Tensor combine(const at::Tensor& rows, const PlanPtr& plan, const comm::Group& group,
                    comm::CallSite site) {
-  check_rows(rows, plan->local.num_rows, "combine");
-  return Combine::apply(rows, make_pipe(plan, group, site, "combine"));
+  const auto num_rows = [](const RoutingPlan& p) { return p.local.num_rows; };
+  return Combine::apply(rows, make_pipe(rows, plan, num_rows, group, site, "combine"));
 }
 
 at::Tensor dispatch_weights(const at::Tensor& weights, const PlanPtr& plan,
                             const comm::Group& group, comm::CallSite site) {
-  check_rows(weights, plan->num_assignments, "dispatch_weights");
-  return DispatchWeights::apply(weights, make_pipe(plan, group, site, "dispatch_weights"));
+  const auto num_rows = [](const RoutingPlan& p) { return p.num_assignments; };
+  return DispatchWeights::apply(
+      weights, make_pipe(weights, plan, num_rows, group, site, "dispatch_weights"));
 }
 
 }  // namespace perseid

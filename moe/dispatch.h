@@ -10,8 +10,9 @@ namespace perseid {
 
 using PlanPtr = std::shared_ptr<const RoutingPlan>;
 
-// All four are collective over `group` (with 0 rows too), differentiable, and keep only the plan
-// for the backward. combine is the transpose of dispatch: the backward of each is the other.
+// All three are collective over `group` (with 0 rows too), differentiable, and keep only the plan
+// for the backward. combine is the transpose of dispatch: the backward of each is the other. For
+// arguments that do not fit, also on one rank alone, every rank throws ConfigError.
 
 /// Rows of tokens at the ranks of their experts. @param tokens [T, D] @return [N, D]; with one rank
 /// and a row for every token it is `tokens` itself, no copy.

@@ -1,5 +1,8 @@
 #include "moe/experts.h"
 
+#include <limits>
+
+#include "gates/describe.h"
 #include "kernels/error.h"
 #include "moe/tensor_types.h"
 #include "moe/threads.h"
@@ -12,8 +15,13 @@ Experts::Experts(std::string name, std::vector<int64_t> expert_ids, int64_t d_in
       d_in_(d_in),
       d_out_(d_out) {
   const char* operation = this->name().c_str();
-  require(d_in_ >= 1, operation, "d_in", d_in_, "must be at least 1");
-  require(d_out_ >= 1, operation, "d_out", d_out_, "must be at least 1");
+  const auto require_width = [operation](const char* argument, int64_t width) {
+    require(width >= 1, operation, argument, width, "must be at least 1");
+    require(width <= std::numeric_limits<int32_t>::max(), operation, argument, width,
+            "must be below 2^31");
+  };
+  require_width("d_in", d_in_);
+  require_width("d_out", d_out_);
   for (size_t slot = 0; slot < expert_ids_.size(); ++slot) {
     const std::string argument = "expert_ids[" + to_text(slot) + "]";
     require(expert_ids_[slot] >= 0, operation, argument.c_str(), expert_ids_[slot],
@@ -25,8 +33,18 @@ Experts::Experts(std::string name, std::vector<int64_t> expert_ids, int64_t d_in
 }
 
 void Experts::require_inputs(const at::Tensor& rows, const at::Tensor& weights,
-                             const LocalPlan& plan) const {
+                             const std::shared_ptr<const RoutingPlan>& routing_plan) const {
   const char* operation = name().c_str();
+  require(routing_plan != nullptr, operation, "plan", "null",
+          "is none; make_routing_plan makes it");
+  const LocalPlan& plan = routing_plan->local;
+  require(rows.defined() && rows.device().is_cpu(), operation, "rows",
+          rows.defined() ? gates::describe(rows) + " on " + to_text(rows.device()) : "undefined",
+          "must be a CPU tensor");
+  require(weights.defined() && weights.device().is_cpu(), operation, "weights",
+          weights.defined() ? gates::describe(weights) + " on " + to_text(weights.device())
+                            : "undefined",
+          "must be a CPU tensor");
   dtype_of(rows, operation);  // throws for others
   require(rows.dim() == 2 && rows.size(1) == d_in_, operation, "rows", rows.sizes(),
           "must be [N, d_in] with d_in=" + to_text(d_in_));

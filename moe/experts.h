@@ -43,7 +43,7 @@ class Experts : public torch::nn::Module {
  protected:
   /// Throws ConfigError unless rows and weights have the shapes and types of forward and fit plan.
   void require_inputs(const at::Tensor& rows, const at::Tensor& weights,
-                      const LocalPlan& plan) const;
+                      const std::shared_ptr<const RoutingPlan>& plan) const;
 
  private:
   std::vector<int64_t> expert_ids_;

@@ -6,14 +6,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <unordered_set>
 
+#include "comm/agree.h"
 #include "comm/collectives.h"
+#include "gates/describe.h"
 #include "kernels/dtype.h"
 #include "kernels/error.h"
 #include "kernels/parallel.h"
 #include "moe/experts.h"
+#include "moe/ranks_agree.h"
 #include "moe/tensor_types.h"
 
 namespace perseid {
@@ -121,11 +123,23 @@ double sum_of_squares(const std::vector<at::Tensor>& parameters) {
   return sum;
 }
 
-/// What each rank contributes; max_norm is compared, since replicas must scale alike.
-struct NormShare {
-  double max_norm = 0;
-  double sum = 0;
-};
+/// Collective over all ranks: each of them has gradients that can be summed and groups that fit.
+void agree_on_gradients(const SplitParameters& split, const ParallelGroups& groups,
+                        const char* operation) {
+  comm::agree(groups.world, {.operation = operation}, [&] {
+    for (const auto* parameters : {&split.dense, &split.expert}) {
+      for (const at::Tensor& parameter : *parameters) {
+        const at::Tensor gradient = parameter.grad().defined() ? parameter.grad() : parameter;
+        require(gradient.layout() == at::kStrided && gradient.device().is_cpu(), operation,
+                "gradient",
+                gates::describe(gradient) + " " + to_text(gradient.layout()) + " on " +
+                    to_text(gradient.device()),
+                "is not a dense CPU tensor");
+        dtype_of(gradient, operation);
+      }
+    }
+  });
+}
 }  // namespace
 
 SplitParameters split_parameters(const torch::nn::Module& module) {
@@ -138,6 +152,7 @@ SplitParameters split_parameters(const torch::nn::Module& module) {
 void sum_gradients(const torch::nn::Module& module, const ParallelGroups& groups) {
   c10::NoGradGuard no_grad;
   const SplitParameters split = split_parameters(module);
+  agree_on_gradients(split, groups, kSum);
   sum_over(split.dense, groups.world);
   sum_over(split.expert, groups.expert_replicas);
 }
@@ -146,23 +161,21 @@ double clip_grad_norm(const torch::nn::Module& module, const ParallelGroups& gro
                       double max_norm) {
   c10::NoGradGuard no_grad;
   const SplitParameters split = split_parameters(module);
-  NormShare mine{max_norm, 0};
-  if (groups.world.rank() == 0) mine.sum += sum_of_squares(split.dense);
-  if (groups.expert_replicas.rank() == 0) mine.sum += sum_of_squares(split.expert);
-  std::vector<NormShare> shares(static_cast<size_t>(groups.world.size()));
-  comm::all_gather(&mine, sizeof(mine), shares.data(), groups.world, {.operation = kClip});
+  agree_on_gradients(split, groups, kClip);
+  double mine[2] = {max_norm, 0};
+  if (groups.world.rank() == 0) mine[1] += sum_of_squares(split.dense);
+  if (groups.expert_replicas.rank() == 0) mine[1] += sum_of_squares(split.expert);
+  std::vector<double> shares(2 * static_cast<size_t>(groups.world.size()));
+  const comm::CallSite site{.operation = kClip};
+  comm::all_gather(mine, sizeof(mine), shares.data(), groups.world, site);
 
   double sum = 0;
-  for (size_t rank = 0; rank < shares.size(); ++rank) {
-    sum += shares[rank].sum;
-    if (std::memcmp(&shares[rank].max_norm, &shares[0].max_norm, sizeof(double)) == 0) continue;
-    ErrorDetail detail{kClip, "max_norm", to_text(shares[0].max_norm),
-                       "from rank 0 differs from max_norm=" + to_text(shares[rank].max_norm) +
-                           " from rank " + to_text(rank) + "; all ranks must pass the same value"};
-    detail.rank = groups.world.rank();
-    detail.culprit = static_cast<int>(rank);
-    throw RanksDisagree(detail);
+  std::vector<double> max_norms;  // compared, since replicas must scale alike
+  for (size_t i = 0; i < shares.size(); i += 2) {
+    max_norms.push_back(shares[i]);
+    sum += shares[i + 1];
   }
+  require_same_on_ranks(max_norms, "max_norm", groups.world.rank(), site);
   require(max_norm > 0, kClip, "max_norm", max_norm, "must be above 0");
   const double norm = std::sqrt(sum);
   if (!std::isfinite(norm)) {

@@ -5,7 +5,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
+#include <limits>
 
+#include "gates/gate.h"
 #include "kernels/error.h"
 #include "kernels/random.h"
 #include "moe/grouped_rows.h"
@@ -183,11 +185,10 @@ void require_type(const at::Tensor& rows, const at::Tensor& parameter, const cha
               "; convert the module or the tokens");
 }
 
-void check_sizes(const GroupedMLPOptions& options) {
-  require(options.d_model() >= 1, "grouped_mlp", "d_model", options.d_model(), "is below 1");
+void check_options(const GroupedMLPOptions& options) {
   require(options.d_ff() >= 1, "grouped_mlp", "d_ff", options.d_ff(), "is below 1");
-  require(options.d_out() >= 0, "grouped_mlp", "d_out", options.d_out(),
-          "is negative; choose 0 for d_model");
+  require(options.d_ff() <= std::numeric_limits<int32_t>::max(), "grouped_mlp", "d_ff",
+          options.d_ff(), "exceeds 2147483647");
   require(options.init_bound() >= 0 && std::isfinite(options.init_bound()), "grouped_mlp",
           "init_bound", options.init_bound(), "is not a finite number >= 0");
 }
@@ -197,11 +198,15 @@ void check_sizes(const GroupedMLPOptions& options) {
 GroupedMLP::GroupedMLP(const GroupedMLPOptions& options, const ExpertPlacement& placement,
                        int ep_rank)
     : Experts("grouped_mlp", placement.experts_of(ep_rank), options.d_model(),
-              options.d_out() > 0 ? options.d_out() : options.d_model()),
+              options.d_out() != 0 ? options.d_out() : options.d_model()),
       options_(options) {
-  check_sizes(options);
+  check_options(options);
   use_libtorch_threads();
   const int64_t up_rows = options.gated() ? 2 * options.d_ff() : options.d_ff();
+  const int64_t L = num_local_experts();
+  gates::require_product({L, up_rows, d_in()}, "grouped_mlp", "num_local_experts*d_ff*d_model");
+  gates::require_product({L, d_out(), options.d_ff()}, "grouped_mlp",
+                         "num_local_experts*d_out*d_ff");
   const auto random = [&](std::vector<int64_t> shape, int64_t fan_in, uint64_t parameter) {
     return stacked_uniform(expert_ids(), std::move(shape),
                            bound_or_fan_in(options.init_bound(), fan_in), options.seed(),
@@ -218,8 +223,16 @@ GroupedMLP::GroupedMLP(const GroupedMLPOptions& options, const ExpertPlacement& 
 
 at::Tensor GroupedMLP::forward(const at::Tensor& rows, const at::Tensor& weights,
                                const PlanPtr& plan) {
-  require_inputs(rows, weights, plan->local);
+  require_inputs(rows, weights, plan);
   require_type(rows, up_proj, "grouped_mlp");
+  const int64_t L = num_local_experts(), F = options_.d_ff();
+  const int64_t up_rows = options_.gated() ? 2 * F : F;
+  gates::require_shape(up_proj, {L, up_rows, d_in()}, "grouped_mlp", "up_proj");
+  gates::require_shape(down_proj, {L, d_out(), F}, "grouped_mlp", "down_proj");
+  if (options_.bias()) {
+    gates::require_shape(up_bias, {L, up_rows}, "grouped_mlp", "up_bias");
+    gates::require_shape(down_bias, {L, d_out()}, "grouped_mlp", "down_bias");
+  }
   return MlpFunction::apply(rows, weights, up_proj, or_missing(up_bias), down_proj,
                             or_missing(down_bias), MlpKind{options_.activation(), options_.gated()},
                             plan);
@@ -231,6 +244,8 @@ GroupedLinear::GroupedLinear(const GroupedLinearOptions& options, const ExpertPl
       options_(options) {
   require(options.init_bound() >= 0 && std::isfinite(options.init_bound()), "grouped_linear",
           "init_bound", options.init_bound(), "is not a finite number >= 0");
+  gates::require_product({num_local_experts(), d_out(), d_in()}, "grouped_linear",
+                         "num_local_experts*d_out*d_in");
   use_libtorch_threads();
   weight =
       register_parameter("weight", stacked_uniform(expert_ids(), {d_out(), d_in()},
@@ -241,8 +256,11 @@ GroupedLinear::GroupedLinear(const GroupedLinearOptions& options, const ExpertPl
 
 at::Tensor GroupedLinear::forward(const at::Tensor& rows, const at::Tensor& weights,
                                   const PlanPtr& plan) {
-  require_inputs(rows, weights, plan->local);
+  require_inputs(rows, weights, plan);
   require_type(rows, weight, "grouped_linear");
+  const int64_t L = num_local_experts();
+  gates::require_shape(weight, {L, d_out(), d_in()}, "grouped_linear", "weight");
+  if (options_.bias()) gates::require_shape(bias, {L, d_out()}, "grouped_linear", "bias");
   return LinearFunction::apply(rows, weights, weight, or_missing(bias), plan);
 }
 

@@ -185,8 +185,8 @@ ModuleExperts::ModuleExperts(const ModuleExpertsOptions& options, const ExpertFa
 
 at::Tensor ModuleExperts::forward(const at::Tensor& rows, const at::Tensor& weights,
                                   const std::shared_ptr<const RoutingPlan>& plan) {
+  require_inputs(rows, weights, plan);
   const LocalPlan& local = plan->local;
-  require_inputs(rows, weights, local);
 
   const at::Tensor place_of = local.place_of_assignment();
   variable_list inputs;
@@ -206,6 +206,9 @@ at::Tensor ModuleExperts::forward(const at::Tensor& rows, const at::Tensor& weig
     }
     at::Tensor output = modules_[slot].forward(std::move(inputs[outputs.size()]));
     const std::string of_expert = " for expert " + to_text(expert_ids()[slot]);
+    require(
+        output.defined(), kOperation, "output", "undefined",
+        "must be [" + to_text(count) + ", " + to_text(d_out()) + "], [rows, d_out]," + of_expert);
     require(
         output.dim() == 2 && output.size(0) == count && output.size(1) == d_out(), kOperation,
         "output", output.sizes(),

@@ -5,13 +5,18 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "comm/agree.h"
 #include "comm/collectives.h"
+#include "comm/exchange.h"
+#include "gates/describe.h"
 #include "gates/losses.h"
 #include "kernels/error.h"
 #include "moe/dispatch.h"
+#include "moe/layer_checks.h"
+#include "moe/ranks_agree.h"
 #include "moe/selection.h"
 #include "moe/tensor_types.h"
 #include "moe/threads.h"
@@ -81,27 +86,21 @@ std::string gate_name(size_t gate, size_t num_gates) {
   return num_gates == 1 ? "gate" : "gate_" + std::to_string(gate);
 }
 
-void check_input(const MoEInput& input, const Experts& experts) {
-  const at::Tensor& tokens = input.tokens;
-  require(tokens.defined() && tokens.dim() == 2, kName, "tokens.dim",
-          tokens.defined() ? tokens.dim() : -1, "is not 2; pass [tokens, d_model]");
-  require(tokens.size(1) == experts.d_in(), kName, "tokens.width", tokens.size(1),
-          "differs from d_in=" + std::to_string(experts.d_in()) + " of the experts");
-  require(tokens.device().is_cpu(), kName, "device", tokens.device().str(),
-          "is not in this build; pass CPU tensors");
-  dtype_of(tokens, kName);
-  const auto parameters = experts.parameters();
-  if (!parameters.empty()) {
-    require(parameters.front().scalar_type() == tokens.scalar_type(), kName, "tokens.dtype",
-            c10::toString(tokens.scalar_type()),
-            std::string("differs from the experts' ") +
-                c10::toString(parameters.front().scalar_type()) +
-                "; convert the module or the tokens");
-  }
-  if (input.features) {
-    require(input.features->dim() == 2 && input.features->size(0) == tokens.size(0), kName,
-            "features.rows", input.features->dim() == 2 ? input.features->size(0) : -1,
-            "differs from " + std::to_string(tokens.size(0)) + " tokens");
+/// What each rank tells the others at the start of a forward.
+struct RankShare {
+  int64_t num_tokens;
+  int64_t num_valid;
+  std::array<int64_t, 5> settings;  ///< equal on all ranks, see kSettings
+};
+constexpr std::array<const char*, 5> kSettings = {"placement.hash", "num_gates", "strict",
+                                                  "training", "has_earlier"};
+
+void require_same_settings(const std::vector<RankShare>& all, int rank,
+                           const comm::CallSite& site) {
+  for (size_t i = 0; i < kSettings.size(); ++i) {
+    std::vector<int64_t> values;
+    for (const RankShare& share : all) values.push_back(share.settings[i]);
+    require_same_on_ranks(values, kSettings[i], rank, site);
   }
 }
 
@@ -125,6 +124,11 @@ MoEStats& MoEStats::operator+=(const MoEStats& other) {
   for (size_t g = 0; g < gates.size(); ++g) {
     gates::GateStats& gate = gates[g];
     gates::GateStats more = other.gates[g];
+    require(more.tokens_per_expert.defined() && gate.tokens_per_expert.defined() &&
+                more.tokens_per_expert.sizes() == gate.tokens_per_expert.sizes(),
+            kName, "stats.tokens_per_expert", gates::describe(more.tokens_per_expert),
+            "differs from " + gates::describe(gate.tokens_per_expert) +
+                "; add statistics of one layer");
     std::vector<int64_t> fields;
     for_each_sum(more, [&](int64_t field) { fields.push_back(field); });
     auto next = fields.begin();
@@ -171,10 +175,12 @@ MoELayer::MoELayer(std::vector<std::shared_ptr<gates::Gate>> gates,
           "are not those that the placement gives to rank " + std::to_string(ep.rank()) +
               " of the expert-parallel group");
   if (shared_) {
-    require(shared_->num_local_experts() == 1 && shared_->d_in() == experts_->d_in() &&
-                shared_->d_out() == experts_->d_out(),
-            kName, "shared.d_out", shared_->d_out(),
-            "does not fit; pass one expert with the widths of the others");
+    require(shared_->num_local_experts() == 1, kName, "shared.num_local_experts",
+            shared_->num_local_experts(), "is not 1; pass one expert, of any width inside");
+    require(shared_->d_in() == experts_->d_in(), kName, "shared.d_in", shared_->d_in(),
+            "differs from d_in=" + to_text(experts_->d_in()) + " of the experts");
+    require(shared_->d_out() == experts_->d_out(), kName, "shared.d_out", shared_->d_out(),
+            "differs from d_out=" + to_text(experts_->d_out()) + " of the experts");
     shared_->set_replicated(true);
     register_module("shared", shared_);
   }
@@ -194,15 +200,31 @@ MoEOutput MoELayer::forward(const MoEInput& input) {
   const at::Tensor rows = dispatch(input.tokens, plan, ep, site);
   const at::Tensor weights =
       dispatch_weights(decision.selection.weights.to(weight_type(input.tokens)), plan, ep, site);
-  const at::Tensor combined = combine(experts_->forward(rows, weights, plan), plan, ep, site);
-  return finish(input, combined, std::move(decision));
+  at::Tensor outputs, shared_output;
+  comm::before_exchange(comm::NextExchange::kRows, ep, site, [&] {
+    outputs = experts_->forward(rows, weights, plan);
+    check_expert_output(outputs, rows.size(0), weights.size(1) * experts_->d_out(), input.tokens,
+                        "experts.output");
+    shared_output = run_shared(input.tokens);
+  });
+  return finish(input, combine(outputs, plan, ep, site), shared_output, std::move(decision));
+}
+
+at::Tensor MoELayer::run_shared(const at::Tensor& tokens) {
+  if (!shared_) return {};
+  const int64_t num_tokens = tokens.size(0);
+  const at::Tensor ones =
+      at::ones({num_tokens, 1}, tokens.options().dtype(weight_type(tokens)).requires_grad(false));
+  at::Tensor output = shared_->forward(tokens, ones, dense_plan(num_tokens));
+  check_expert_output(output, num_tokens, shared_->d_out(), tokens, "shared.output");
+  return output;
 }
 
 gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite site) const {
   gates::GateInput gate_input;
   const comm::Group& world = groups_.world;
   comm::agree(world, site, [&] {
-    check_input(input, *experts_);
+    check_layer_input(input, *experts_, placement_.num_experts(), gates_.size());
     gate_input.tokens = input.features.value_or(input.tokens);
     gate_input.keys = input.keys;
     gate_input.valid = input.valid;
@@ -211,21 +233,18 @@ gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite 
     gate_input.progress = input.progress;
     gate_input.training = is_training();
     gates::validate(gate_input, -1, kName);
-    if (input.earlier) {
-      require(input.earlier->gates.size() == gates_.size(), kName, "earlier.gates",
-              input.earlier->gates.size(),
-              "differs from " + std::to_string(gates_.size()) + " gates of the layer");
-    }
   });
   // Tokens of the ranks before this one, and the valid ones of all.
-  const int64_t mine[2] = {input.tokens.size(0),
-                           input.valid ? input.valid->sum().item<int64_t>() : input.tokens.size(0)};
-  std::vector<int64_t> all(2 * static_cast<size_t>(world.size()));
-  comm::all_gather(mine, sizeof(mine), all.data(), world, site);
-  for (int r = 0; r < world.size(); ++r) {
-    const auto i = 2 * static_cast<size_t>(r);
-    if (r < world.rank()) gate_input.first_token += all[i];
-    gate_input.tokens_global += all[i + 1];
+  const RankShare mine = {input.tokens.size(0),
+                          input.valid ? input.valid->sum().item<int64_t>() : input.tokens.size(0),
+                          {placement_.hash(), static_cast<int64_t>(gates_.size()),
+                           options_.strict ? 1 : 0, is_training() ? 1 : 0, input.earlier ? 1 : 0}};
+  std::vector<RankShare> all(static_cast<size_t>(world.size()));
+  comm::all_gather(&mine, sizeof(mine), all.data(), world, site);
+  require_same_settings(all, world.rank(), site);
+  for (size_t r = 0; r < all.size(); ++r) {
+    if (r < static_cast<size_t>(world.rank())) gate_input.first_token += all[r].num_tokens;
+    gate_input.tokens_global += all[r].num_valid;
   }
   return gate_input;
 }
@@ -241,11 +260,8 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
     int64_t non_finite = 0;
     for (const auto& gate : gates_) {
       gates::GateOutput out = gate->forward(input);
-      gates::validate(out.routing, placement_.num_experts(), gate->name().c_str());
-      require(!out.residual_weight.defined() || experts_->d_in() == experts_->d_out(), kName,
-              "d_out", experts_->d_out(),
-              "differs from d_in=" + std::to_string(experts_->d_in()) +
-                  ", but this gate adds the token to the output");
+      check_gate_output(out, input.tokens.size(0), *experts_, placement_.num_experts(),
+                        gate->name().c_str());
       CappedRouting capped =
           apply_capacity(out.routing, options_.capacity, out.stats.num_tokens, gate->top_k(),
                          placement_.num_experts(),
@@ -291,20 +307,15 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
   return decision;
 }
 
-MoEOutput MoELayer::finish(const MoEInput& input, const at::Tensor& combined, Decision decision) {
+MoEOutput MoELayer::finish(const MoEInput& input, const at::Tensor& combined,
+                           const at::Tensor& shared_output, Decision decision) {
   MoEOutput out;
-  at::Tensor shared_out;
-  if (shared_) {
-    const at::Tensor ones = at::ones({input.tokens.size(0), 1},
-                                     input.tokens.options().dtype(weight_type(input.tokens)));
-    shared_out = shared_->forward(input.tokens, ones, dense_plan(input.tokens.size(0)));
-  }
   for (size_t g = 0; g < gates_.size(); ++g) {
     const at::Tensor mine =
         gates_.size() == 1
             ? combined
             : combined.narrow(1, static_cast<int64_t>(g) * experts_->d_out(), experts_->d_out());
-    out.outputs.push_back(shared_out.defined() ? mine + shared_out : mine);
+    out.outputs.push_back(shared_output.defined() ? mine + shared_output : mine);
     const at::Tensor& residual = decision.residual_weights[g];
     if (residual.defined()) {
       at::Tensor passed = residual.unsqueeze(1).to(input.tokens.scalar_type()) * input.tokens;
@@ -319,12 +330,13 @@ MoEOutput MoELayer::finish(const MoEInput& input, const at::Tensor& combined, De
 }
 
 void MoELayer::after_step(const MoEStats& stats) {
-  require(stats.gates.size() == gates_.size(), kName, "stats.gates", stats.gates.size(),
-          "differs from " + std::to_string(gates_.size()) + " gates of the layer");
+  check_stats(stats, placement_.num_experts(), gates_.size(), "stats");
   for (size_t g = 0; g < gates_.size(); ++g) gates_[g]->after_step(stats.gates[g]);
 }
 
 double max_vio(const at::Tensor& tokens_per_expert) {
+  require(tokens_per_expert.defined(), "max_vio", "tokens_per_expert", "undefined",
+          "is not [num_experts]; pass that of the statistics");
   const at::Tensor counts = tokens_per_expert.to(at::kDouble);
   const double mean = counts.numel() > 0 ? counts.mean().item<double>() : 0;
   return mean > 0 ? counts.max().item<double>() / mean - 1 : 0;

@@ -76,7 +76,8 @@ class MoELayer : public torch::nn::Module {
            ExpertPlacement placement, ParallelGroups groups, MoELayerOptions options = {},
            std::shared_ptr<Experts> shared = nullptr);
 
-  /// Throws on every rank alike; see MoELayerOptions::on_nonfinite and comm::Group.
+  /// Throws on every rank alike, also where one rank alone is given a wrong input or its gates or
+  /// experts return one; see MoELayerOptions::on_nonfinite and comm::Group. The groups stay usable.
   MoEOutput forward(const MoEInput& input);
 
   /// Once per optimiser step in training: lets gates move their balancing state.
@@ -97,7 +98,9 @@ class MoELayer : public torch::nn::Module {
   gates::GateInput agree_on_input(const MoEInput& input, comm::CallSite site) const;
   Decision decide(const gates::GateInput& input, const std::optional<MoEStats>& earlier,
                   comm::CallSite site);
-  MoEOutput finish(const MoEInput& input, const at::Tensor& combined, Decision decision);
+  at::Tensor run_shared(const at::Tensor& tokens);  ///< undefined without a shared module
+  MoEOutput finish(const MoEInput& input, const at::Tensor& combined,
+                   const at::Tensor& shared_output, Decision decision);
 
   std::vector<std::shared_ptr<gates::Gate>> gates_;
   std::shared_ptr<Experts> experts_;

@@ -4,6 +4,7 @@
 
 #include "comm/collectives.h"
 #include "kernels/error.h"
+#include "moe/ranks_agree.h"
 
 namespace perseid {
 namespace {
@@ -14,15 +15,7 @@ ParallelGroups make_parallel_groups(const comm::Group& world, int64_t ep_size) {
   // Compared before it is checked: a rank that throws alone leaves the others waiting.
   std::vector<int64_t> sizes(static_cast<size_t>(world.size()));
   comm::all_gather(&ep_size, sizeof(ep_size), sizes.data(), world, {.operation = kOperation});
-  for (size_t rank = 1; rank < sizes.size(); ++rank) {
-    if (sizes[rank] == sizes[0]) continue;
-    ErrorDetail detail{kOperation, "ep_size", to_text(sizes[0]),
-                       "from rank 0 differs from ep_size=" + to_text(sizes[rank]) + " from rank " +
-                           to_text(rank) + "; all ranks must pass the same value"};
-    detail.rank = world.rank();
-    detail.culprit = static_cast<int>(rank);
-    throw RanksDisagree(detail);
-  }
+  require_same_on_ranks(sizes, "ep_size", world.rank(), {.operation = kOperation});
 
   const int64_t size = ep_size == 0 ? world.size() : ep_size;
   require(size > 0 && world.size() % size == 0, kOperation, "ep_size", ep_size,

@@ -13,6 +13,8 @@
 namespace perseid {
 namespace {
 
+constexpr const char* kOperation = "make_routing_plan";
+
 at::Tensor empty_int32(int64_t size) { return at::empty({size}, at::kInt); }
 
 /// One assignment as it travels: the row of the sender's block that it belongs to, and the expert's
@@ -33,7 +35,9 @@ bool is_identity(const int32_t* values, int64_t count) {
 /// Token of each assignment.
 std::vector<int32_t> token_of_assignment(const gates::Routing& routing) {
   std::vector<int32_t> token(static_cast<size_t>(routing.num_assignments()));
-  const int32_t* offsets = int32_data(routing.token_offsets);
+  const at::Tensor explicit_rows =
+      routing.top_k > 0 ? at::Tensor() : routing.token_offsets.contiguous();
+  const int32_t* offsets = int32_data(explicit_rows);
   for (int64_t t = 0; t < routing.num_tokens; ++t) {
     const int64_t begin = offsets ? offsets[t] : t * routing.top_k;
     const int64_t end = offsets ? offsets[t + 1] : begin + routing.top_k;
@@ -168,14 +172,21 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
                                                      const PlanOptions& options) {
   use_libtorch_threads();
   const int num_ranks = group.size();
-  const int64_t num_local = placement.num_local_experts(group.rank());
+  comm::CallSite site = options.site;
+  if (!site.operation) site.operation = kOperation;
   auto plan = std::make_shared<RoutingPlan>();
-  plan->num_tokens = routing.num_tokens;
-  plan->num_assignments = routing.num_assignments();
   // With one rank every sum is formed in choice order already, and nothing travels.
   const bool row_per_assignment = options.strict && num_ranks > 1;
-  const std::vector<Placed> sent =
-      plan_sends(routing, placement, num_ranks, row_per_assignment, *plan);
+  std::vector<Placed> sent;
+  comm::before_exchange(comm::NextExchange::kCounts, group, site, [&] {
+    require(placement.num_ranks() == num_ranks, kOperation, "placement.num_ranks",
+            placement.num_ranks(),
+            "differs from the " + to_text(num_ranks) + " ranks of the group");
+    gates::validate_rows(routing, placement.num_experts(), kOperation);
+    plan->num_tokens = routing.num_tokens;
+    plan->num_assignments = routing.num_assignments();
+    sent = plan_sends(routing, placement, num_ranks, row_per_assignment, *plan);
+  });
 
   const auto ranks = static_cast<size_t>(num_ranks);
   std::vector<int64_t> counts(2 * ranks);
@@ -183,7 +194,7 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
     counts[2 * p] = plan->rows.send_rows[p];
     counts[2 * p + 1] = plan->assignments.send_rows[p];
   }
-  const std::vector<int64_t> announced = comm::exchange_counts(counts, 2, group, options.site);
+  const std::vector<int64_t> announced = comm::exchange_counts(counts, 2, group, site);
   plan->rows.recv_rows.resize(ranks);
   plan->assignments.recv_rows.resize(ranks);
   for (size_t p = 0; p < ranks; ++p) {
@@ -195,9 +206,25 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
 
   std::vector<Placed> received(static_cast<size_t>(plan->local.num_assignments));
   comm::exchange_rows(sent.data(), received.data(), {kernels::DType::kInt32, 2}, plan->assignments,
-                      group, options.site);
+                      group, site);
+  const int64_t num_local = placement.num_local_experts(group.rank());
   plan_local(read_received(received, *plan, num_local), num_local, plan->local);
   return plan;
 }
 
+<<<<<<< HEAD
+=======
+LocalPlan make_dense_plan(int64_t num_tokens) {
+  require(num_tokens >= 0 && num_tokens <= std::numeric_limits<int32_t>::max(), "make_dense_plan",
+          "num_tokens", num_tokens, "is outside [0, 2147483647]");
+  LocalPlan local;
+  local.num_rows = num_tokens;
+  local.num_assignments = num_tokens;
+  local.fixed = 1;
+  local.order = at::arange(num_tokens, at::kInt);
+  local.expert_offsets = {0, num_tokens};
+  return local;
+}
+
+>>>>>>> c
 }  // namespace perseid

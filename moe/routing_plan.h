@@ -58,8 +58,8 @@ struct PlanOptions {
 };
 
 /// Collective over `group`, also with T = 0: each rank tells its peers rows, assignments and slots.
-/// @param routing  expert ids in [0, placement.num_experts()); not checked here, see
-/// gates::validate
+/// Throws ConfigError, on every rank, if the routing of one is not legal (gates::validate_rows).
+/// @param placement  of num_ranks() = group.size(), equal on all ranks
 std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routing,
                                                      const ExpertPlacement& placement,
                                                      const comm::Group& group,

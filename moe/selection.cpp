@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "kernels/error.h"
 #include "moe/tensor_types.h"
@@ -25,15 +26,22 @@ Row row_of(const gates::Routing& routing, int64_t token) {
 
 }  // namespace
 
-Selection merge_routings(const std::vector<gates::Routing>& routings) {
-  const gates::Routing& first = routings.front();
-  if (routings.size() == 1) return {first, first.weights.unsqueeze(1)};
+Selection merge_routings(const std::vector<gates::Routing>& given) {
+  constexpr const char* kOperation = "merge_routings";
+  require(!given.empty(), kOperation, "routings", given.size(), "is empty; pass 1 or more");
+  if (given.size() == 1) return {given.front(), given.front().weights.unsqueeze(1)};
 
+  std::vector<gates::Routing> routings = given;
+  const gates::Routing& first = routings.front();
   const auto num_gates = static_cast<int64_t>(routings.size());
   std::vector<at::Tensor> weights;
   int64_t num_pairs = 0;
-  for (const gates::Routing& routing : routings) {
-    PERSEID_INVARIANT(routing.num_tokens == first.num_tokens);
+  for (gates::Routing& routing : routings) {
+    gates::validate_shapes(routing, std::numeric_limits<int32_t>::max(), kOperation);
+    require(routing.num_tokens == first.num_tokens, kOperation, "num_tokens", routing.num_tokens,
+            "differs from num_tokens=" + to_text(first.num_tokens) + " of the first routing");
+    routing.expert_idx = routing.expert_idx.contiguous();
+    if (routing.top_k == 0) routing.token_offsets = routing.token_offsets.contiguous();
     weights.push_back(routing.weights);
     num_pairs += routing.num_assignments();
   }

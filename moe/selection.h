@@ -16,7 +16,8 @@ struct Selection {
 
 /// With one gate the selection is its routing, no copy. With several, a token's pairs are ordered
 /// by expert id. Differentiable with respect to the weights of each routing.
-/// @param routings  [G] of the same tokens
+/// @param routings  [G >= 1] of the same tokens, else ConfigError; ids and offsets are not checked,
+/// see gates::validate
 Selection merge_routings(const std::vector<gates::Routing>& routings);
 
 }  // namespace perseid

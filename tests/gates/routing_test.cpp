@@ -146,7 +146,7 @@ TEST(Routing, ValidateRefuses) {
     const char* text;
   };
   const Case cases[] = {
-      {[](Routing& r) { r.num_tokens = -1; }, "[plan] num_tokens=-1 is negative"},
+      {[](Routing& r) { r.num_tokens = -1; }, "[plan] num_tokens=-1 is outside [0, 2147483647]"},
       {[](Routing& r) { r.expert_idx = r.expert_idx.to(at::kLong); },
        "[plan] expert_idx=Long[4] is not int32 [A]"},
       {[](Routing& r) { r.expert_idx = Tensor(); }, "[plan] expert_idx=undefined is not int32 [A]"},

@@ -1,0 +1,115 @@
+#include "moe/layer_checks.h"
+
+#include <cmath>
+#include <string>
+
+#include "gates/describe.h"
+#include "kernels/error.h"
+#include "moe/tensor_types.h"
+
+namespace perseid {
+namespace {
+
+constexpr const char* kName = "moe_layer";
+
+bool is_table(const at::Tensor& tensor, at::IntArrayRef sizes, at::ScalarType type) {
+  return tensor.defined() && tensor.sizes() == sizes && tensor.scalar_type() == type &&
+         tensor.device().is_cpu();
+}
+
+void check_tokens(const at::Tensor& tokens, const Experts& experts) {
+  require(tokens.defined() && tokens.dim() == 2, kName, "tokens.dim",
+          tokens.defined() ? tokens.dim() : -1, "is not 2; pass [tokens, d_model]");
+  require(tokens.size(1) == experts.d_in(), kName, "tokens.width", tokens.size(1),
+          "differs from d_in=" + to_text(experts.d_in()) + " of the experts");
+  require(tokens.device().is_cpu(), kName, "device", tokens.device().str(),
+          "is not in this build; pass CPU tensors");
+  require(tokens.layout() == at::kStrided, kName, "tokens.layout", tokens.layout(),
+          "is not Strided; call to_dense()");
+  dtype_of(tokens, kName);
+  const auto parameters = experts.parameters();
+  if (parameters.empty()) return;
+  require(parameters.front().scalar_type() == tokens.scalar_type(), kName, "tokens.dtype",
+          c10::toString(tokens.scalar_type()),
+          std::string("differs from the experts' ") +
+              c10::toString(parameters.front().scalar_type()) +
+              "; convert the module or the tokens");
+}
+
+}  // namespace
+
+void check_layer_input(const MoEInput& input, const Experts& experts, int64_t num_experts,
+                       size_t num_gates) {
+  check_tokens(input.tokens, experts);
+  if (input.features) {
+    const at::Tensor& features = *input.features;
+    require(features.defined() && features.dim() == 2, kName, "features.dim",
+            features.defined() ? features.dim() : -1, "is not 2; pass [tokens, width]");
+    require(features.size(0) == input.tokens.size(0), kName, "features.rows", features.size(0),
+            "differs from " + to_text(input.tokens.size(0)) + " tokens");
+  }
+  if (input.earlier) check_stats(*input.earlier, num_experts, num_gates, "earlier");
+}
+
+void check_gate_output(const gates::GateOutput& output, int64_t num_tokens, const Experts& experts,
+                       int64_t num_experts, const char* name) {
+  gates::validate(output.routing, num_experts, name);
+  require(output.routing.num_tokens == num_tokens, name, "routing.num_tokens",
+          output.routing.num_tokens, "differs from the " + to_text(num_tokens) + " tokens given");
+  const at::Tensor& counts = output.stats.tokens_per_expert;
+  require(is_table(counts, {num_experts}, at::kLong), name, "stats.tokens_per_expert",
+          gates::describe(counts),
+          "is not Long" + to_text(at::IntArrayRef({num_experts})) +
+              "; gates::count_assignments makes it");
+  const at::Tensor& sums = output.balance.score_sum;
+  require(!sums.defined() || sums.sizes() == at::IntArrayRef({num_experts}), name,
+          "balance.score_sum", gates::describe(sums),
+          "is not [num_experts=" + to_text(num_experts) + "]");
+  require(output.balance.top_k >= 1, name, "balance.top_k", output.balance.top_k, "is below 1");
+  require(std::isfinite(output.balance.aux_loss_coeff), name, "balance.aux_loss_coeff",
+          output.balance.aux_loss_coeff, "is not a finite number");
+  for (const gates::NamedLoss& loss : output.losses) {
+    const std::string argument = "losses." + loss.name;
+    require(loss.value.defined() && loss.value.numel() == 1, name, argument.c_str(),
+            gates::describe(loss.value), "is not a scalar");
+  }
+  for (const gates::GlobalLoss& loss : output.global_losses) {
+    const std::string argument = "global_losses." + loss.name;
+    require(loss.local_sum.defined() && loss.local_sum.is_floating_point(), name, argument.c_str(),
+            gates::describe(loss.local_sum), "has no floating local_sum");
+    require(loss.loss != nullptr, name, argument.c_str(), "empty",
+            "must be a function of the global sum");
+  }
+  const at::Tensor& residual = output.residual_weight;
+  if (!residual.defined()) return;
+  require(residual.sizes() == at::IntArrayRef({num_tokens}), name, "residual_weight",
+          gates::describe(residual), "is not [num_tokens=" + to_text(num_tokens) + "]");
+  require(experts.d_in() == experts.d_out(), kName, "d_out", experts.d_out(),
+          "differs from d_in=" + to_text(experts.d_in()) +
+              ", but this gate adds the token to the output");
+}
+
+void check_expert_output(const at::Tensor& output, int64_t num_rows, int64_t width,
+                         const at::Tensor& tokens, const char* argument) {
+  require(is_table(output, {num_rows, width}, tokens.scalar_type()), kName, argument,
+          gates::describe(output),
+          std::string("is not ") + c10::toString(tokens.scalar_type()) +
+              to_text(at::IntArrayRef({num_rows, width})));
+}
+
+void check_stats(const MoEStats& stats, int64_t num_experts, size_t num_gates,
+                 const char* argument) {
+  const std::string prefix = std::string(argument) + ".";
+  require(stats.gates.size() == num_gates, kName, (prefix + "gates").c_str(), stats.gates.size(),
+          "differs from " + to_text(num_gates) + " gates of the layer");
+  for (const gates::GateStats& gate : stats.gates) {
+    require(is_table(gate.tokens_per_expert, {num_experts}, at::kLong), kName,
+            (prefix + "tokens_per_expert").c_str(), gates::describe(gate.tokens_per_expert),
+            "is not Long" + to_text(at::IntArrayRef({num_experts})) +
+                "; pass statistics of this layer");
+    require(gate.num_tokens >= 0, kName, (prefix + "num_tokens").c_str(), gate.num_tokens,
+            "is negative; pass statistics of this layer");
+  }
+}
+
+}  // namespace perseid
