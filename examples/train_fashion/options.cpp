@@ -21,11 +21,12 @@ const std::map<std::string, std::vector<GateKind>> kGates = {
     {"hash", {GateKind::kHash}},
     {"oracle", {GateKind::kOracle}},
     {"topk", {GateKind::kTopK}},
+    {"dselectk", {GateKind::kDSelectK}},
     {"comet", {GateKind::kComet}},
     {"dense", {GateKind::kDense}},
     {"all",
-     {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kComet,
-      GateKind::kDense}}};
+     {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kDSelectK,
+      GateKind::kComet, GateKind::kDense}}};
 
 template <typename T>
 std::vector<std::string> keys_of(const std::map<std::string, T>& table) {
@@ -73,7 +74,7 @@ void add_model_flags(CLI::App& app, TrainOptions& train, std::string& gate, std:
       ->capture_default_str()
       ->group("Model");
   app.add_option("--gate", gate, "the gate; all runs each in turn and compares them")
-      ->check(one_of({"single", "hash", "oracle", "topk", "comet", "dense", "all"}))
+      ->check(one_of({"single", "hash", "oracle", "topk", "dselectk", "comet", "dense", "all"}))
       ->capture_default_str()
       ->group("Model");
   app.add_option("--num-experts", train.num_experts, "linear experts, over all ranks")
@@ -81,7 +82,7 @@ void add_model_flags(CLI::App& app, TrainOptions& train, std::string& gate, std:
       ->capture_default_str()
       ->group("Model");
   app.add_option("--moe-router-topk,--top-k", train.top_k,
-                 "experts per image of the topk gate, trees of the comet gate")
+                 "experts per image of the topk gate, selectors of dselectk, trees of comet")
       ->check(in_range<int64_t>(1, 4096))
       ->capture_default_str()
       ->group("Model");
@@ -102,12 +103,13 @@ void add_model_flags(CLI::App& app, TrainOptions& train, std::string& gate, std:
       ->check(in_range<double>(0, 1e6))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--gamma", train.gamma, "width of the switches of the comet gate")
+  app.add_option("--gamma", train.gamma, "width of the switches of dselectk and comet")
       ->check(in_range<double>(1e-6, 1e6))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--entropy-coeff", train.entropy_coeff,
-                 "coefficient of the entropy of the trees, which makes them choose one leaf")
+  app.add_option(
+         "--entropy-coeff", train.entropy_coeff,
+         "coefficient of the entropy of selectors and trees, which makes them choose one expert")
       ->check(in_range<double>(0, 1e6))
       ->capture_default_str()
       ->group("Model");
@@ -116,7 +118,8 @@ void add_model_flags(CLI::App& app, TrainOptions& train, std::string& gate, std:
       ->check(in_range<double>(0, 1))
       ->capture_default_str()
       ->group("Model");
-  app.add_flag("--hard-eval", train.hard_eval, "in the test each tree takes its largest leaf alone")
+  app.add_flag("--hard-eval", train.hard_eval,
+               "in the test each selector or tree takes its largest expert alone")
       ->group("Model");
   app.add_option("--moe-expert-capacity-factor,--capacity-factor", train.capacity_factor,
                  "room of an expert as a multiple of its fair share of the images of a rank; 0 "
