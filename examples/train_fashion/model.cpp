@@ -9,6 +9,7 @@
 #include "comm/collectives.h"
 #include "gates/baseline_gates.h"
 #include "gates/comet_gate.h"
+#include "gates/dselect_k_gate.h"
 #include "gates/hash_gate.h"
 #include "gates/top_k_gate.h"
 #include "moe/grouped_mlp.h"
@@ -62,8 +63,15 @@ std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options, int64_t d_mo
               .mode(gates::HashMode::kTable)
               .table(at::arange(options.num_experts, at::kLong)));
     case GateKind::kDense:
+<<<<<<< HEAD
       return std::make_shared<gates::DenseGate>(
           router_options(options, d_model, gate_id).aux_loss_coeff(0));
+=======
+      return std::make_shared<gates::DenseGate>(router_options(options).aux_loss_coeff(0));
+    case GateKind::kDSelectK:
+      return std::make_shared<gates::DSelectKGate>(
+          switch_options<gates::DSelectKGateOptions>(options));
+>>>>>>> d
     case GateKind::kComet:
       return std::make_shared<gates::CometGate>(
           switch_options<gates::CometGateOptions>(options, d_model, gate_id));

@@ -21,9 +21,11 @@ const std::map<std::string, std::vector<GateKind>> kGates = {
     {"hash", {GateKind::kHash}},
     {"oracle", {GateKind::kOracle}},
     {"topk", {GateKind::kTopK}},
+    {"dselectk", {GateKind::kDSelectK}},
     {"comet", {GateKind::kComet}},
     {"dense", {GateKind::kDense}},
     {"all",
+<<<<<<< HEAD
      {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kComet,
       GateKind::kDense}}};
 /// Those of task multi: its images have no domain, and a key has no meaning.
@@ -38,6 +40,10 @@ const std::map<std::string, Protocol> kProtocols = {{"small", Protocol::kSmall},
                                                     {"published", Protocol::kPublished}};
 const std::map<std::string, ExpertKind> kExperts = {{"mlp", ExpertKind::kMlp},
                                                     {"conv", ExpertKind::kConv}};
+=======
+     {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kDSelectK,
+      GateKind::kComet, GateKind::kDense}}};
+>>>>>>> d
 
 template <typename T>
 std::vector<std::string> keys_of(const std::map<std::string, T>& table) {
@@ -103,10 +109,15 @@ void add_task_flags(CLI::App& app, Words& words) {
       ->check(one_of(keys_of(kTasks)))
       ->capture_default_str()
       ->group("Model");
+<<<<<<< HEAD
   app.add_option("--protocol", words.protocol,
                  "of task multi: 30,000 samples and 8 epochs, or 100,000 and 200; defaults of "
                  "other flags depend on it")
       ->check(one_of(keys_of(kProtocols)))
+=======
+  app.add_option("--gate", gate, "the gate; all runs each in turn and compares them")
+      ->check(one_of({"single", "hash", "oracle", "topk", "dselectk", "comet", "dense", "all"}))
+>>>>>>> d
       ->capture_default_str()
       ->group("Model");
 }
@@ -153,7 +164,7 @@ void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
       ->capture_default_str()
       ->group("Model");
   app.add_option("--moe-router-topk,--top-k", train.top_k,
-                 "experts per image of the topk gate, trees of the comet gate")
+                 "experts per image of the topk gate, selectors of dselectk, trees of comet")
       ->check(in_range<int64_t>(1, 4096))
       ->capture_default_str()
       ->group("Model");
@@ -174,12 +185,13 @@ void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
       ->check(in_range<double>(0, 1e6))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--gamma", train.gamma, "width of the switches of the comet gate")
+  app.add_option("--gamma", train.gamma, "width of the switches of dselectk and comet")
       ->check(in_range<double>(1e-6, 1e6))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--entropy-coeff", train.entropy_coeff,
-                 "coefficient of the entropy of the trees, which makes them choose one leaf")
+  app.add_option(
+         "--entropy-coeff", train.entropy_coeff,
+         "coefficient of the entropy of selectors and trees, which makes them choose one expert")
       ->check(in_range<double>(0, 1e6))
       ->capture_default_str()
       ->group("Model");
@@ -188,7 +200,8 @@ void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
       ->check(in_range<double>(0, 1))
       ->capture_default_str()
       ->group("Model");
-  app.add_flag("--hard-eval", train.hard_eval, "in the test each tree takes its largest leaf alone")
+  app.add_flag("--hard-eval", train.hard_eval,
+               "in the test each selector or tree takes its largest expert alone")
       ->group("Model");
   app.add_option("--moe-expert-capacity-factor,--capacity-factor", train.capacity_factor,
                  "room of an expert as a multiple of its fair share of the images of a rank; 0 "

@@ -10,7 +10,7 @@
 
 namespace perseid::examples {
 
-enum class GateKind : uint8_t { kSingle, kHash, kOracle, kTopK, kComet, kDense };
+enum class GateKind : uint8_t { kSingle, kHash, kOracle, kTopK, kDSelectK, kComet, kDense };
 const char* gate_name(GateKind gate);
 
 /// Settings of one run; defaults are the recipe of README.md.
@@ -21,9 +21,10 @@ struct TrainOptions {
   double aux_loss_coeff = 0;
   double z_loss_coeff = 0;
   double balance_coeff = 0.25;  ///< of gates::balance_entropy_loss, for gates with weights to train
-  double gamma = 1;             ///< width of the switches of COMET
-  double entropy_coeff = 0.3;   ///< pulls its trees to one leaf
+  double gamma = 1;             ///< width of the switches of DSelect-k and COMET
+  double entropy_coeff = 1;     ///< pulls their selectors and trees to one expert
   double entropy_ramp = 0.5;    ///< share of the run over which entropy_coeff grows from 0
+<<<<<<< HEAD
   bool input_norm = true;       ///< the gate reads LayerNorm(x) / sqrt(D); false: the pixels x
   bool hard_eval = false;       ///< in the test each of its trees takes one leaf
   double capacity_factor = 0;   ///< 0: dropless
@@ -32,6 +33,14 @@ struct TrainOptions {
   double adam_eps = 1e-8;
   double gate_lr_factor = 3;        ///< the gate's learning rate is this times lr
   double lr_decay = 0.3;            ///< share of the run, at its end, over which both fall to 0
+=======
+  bool hard_eval = false;       ///< in the test each selector and tree takes one expert
+  double capacity_factor = 0;   ///< 0: dropless
+  kernels::DType dtype = kernels::DType::kFloat32;
+  double lr = 8e-3;
+  double gate_lr_factor = 2;        ///< the gate's learning rate is this times lr
+  double lr_decay = 0.5;            ///< share of the run, at its end, over which both fall to 0
+>>>>>>> d
   int64_t global_batch_size = 256;  ///< images of a step, over all ranks
   int64_t epochs = 6;
   int64_t train_iters = 0;     ///< 0: as many steps as `epochs` take
@@ -41,8 +50,8 @@ struct TrainOptions {
   int64_t log_interval = 100;  ///< steps between two reports
 };
 
-/// Parameters of the whole model and those that one image meets; of COMET, once its trees have
-/// become hard.
+/// Parameters of the whole model and those that one image meets; of
+/// DSelect-k and COMET, once their switches have become hard.
 struct ParameterCount {
   int64_t total = 0;
   int64_t active = 0;

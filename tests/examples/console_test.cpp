@@ -109,12 +109,12 @@ TEST(CommandLine, DefaultsAreTheRecipe) {
   EXPECT_EQ(train.global_batch_size, 256);
   EXPECT_EQ(train.epochs, 6);
   EXPECT_EQ(train.aux_loss_coeff, 0);
-  EXPECT_EQ(train.lr, 1e-3);
-  EXPECT_EQ(train.gate_lr_factor, 3);
-  EXPECT_EQ(train.lr_decay, .3);
+  EXPECT_EQ(train.lr, 8e-3);
+  EXPECT_EQ(train.gate_lr_factor, 2);
+  EXPECT_EQ(train.lr_decay, .5);
   EXPECT_EQ(train.balance_coeff, .25);
   EXPECT_EQ(train.gamma, 1);
-  EXPECT_EQ(train.entropy_coeff, .3);
+  EXPECT_EQ(train.entropy_coeff, 1);
   EXPECT_EQ(train.entropy_ramp, .5);
   EXPECT_FALSE(train.hard_eval);
   EXPECT_EQ(line.options.validation_images, 0);
@@ -196,9 +196,10 @@ TEST(CommandLine, DefaultsOfTheTask) {
 TEST(CommandLine, SeveralSeedsAndAllGates) {
   const CommandLine line = parse({"--gate", "all", "--seeds", "0", "1", "2"});
   ASSERT_TRUE(line.run) << line.text;
-  EXPECT_EQ(line.options.gates,
-            (std::vector<GateKind>{GateKind::kSingle, GateKind::kHash, GateKind::kOracle,
-                                   GateKind::kTopK, GateKind::kComet, GateKind::kDense}));
+  EXPECT_EQ(
+      line.options.gates,
+      (std::vector<GateKind>{GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK,
+                             GateKind::kDSelectK, GateKind::kComet, GateKind::kDense}));
   EXPECT_EQ(line.options.seeds, (std::vector<uint64_t>{0, 1, 2}));
 }
 
@@ -209,7 +210,7 @@ TEST(CommandLine, WrongValues) {
   };
   for (const Case& c : std::vector<Case>{
            {{"--gate", "commet"},
-            {"--gate", "commet", "{single,hash,oracle,topk,comet,dense,all}"}},
+            {"--gate", "commet", "{single,hash,oracle,topk,dselectk,comet,dense,all}"}},
            {{"--task", "single"}, {"--task", "single", "{domains,multi}"}},
            {{"--task", "multi", "--gate", "hash"},
             {"--gate", "value hash", "{single,topk,comet,dense,all}"}},
@@ -263,7 +264,7 @@ TEST(CommandLine, HelpShowsDefaultsAndRanges) {
   EXPECT_EQ(line.exit_code, 0);
   for (const char* part :
        {"--moe-router-topk,--top-k", "1 to 4096", "=8", "images of a step",
-        "{single,hash,oracle,topk,comet,dense,all}", "the protocol of this task has 0"}) {
+        "{single,hash,oracle,topk,dselectk,comet,dense,all}", "the protocol of this task has 0"}) {
     EXPECT_NE(line.text.find(part), std::string::npos) << part << " in:\n" << line.text;
   }
 }
