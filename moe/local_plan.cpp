@@ -3,12 +3,15 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <limits>
 
+#include "kernels/error.h"
 #include "kernels/sort.h"
 #include "moe/routing_plan.h"
 #include "moe/tensor_types.h"
 
 namespace perseid {
+
 at::Tensor LocalPlan::place_of_assignment() const {
   at::Tensor places = at::empty({num_assignments}, at::kInt);
   int32_t* out = places.mutable_data_ptr<int32_t>();
@@ -50,6 +53,8 @@ LocalPlan make_local_plan(const gates::Routing& routing, int64_t num_experts) {
 }
 
 LocalPlan make_dense_plan(int64_t num_tokens) {
+  require(num_tokens >= 0 && num_tokens <= std::numeric_limits<int32_t>::max(), "make_dense_plan",
+          "num_tokens", num_tokens, "is outside [0, 2147483647]");
   LocalPlan local;
   local.num_rows = num_tokens;
   local.num_assignments = num_tokens;

@@ -212,19 +212,4 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
   return plan;
 }
 
-<<<<<<< HEAD
-=======
-LocalPlan make_dense_plan(int64_t num_tokens) {
-  require(num_tokens >= 0 && num_tokens <= std::numeric_limits<int32_t>::max(), "make_dense_plan",
-          "num_tokens", num_tokens, "is outside [0, 2147483647]");
-  LocalPlan local;
-  local.num_rows = num_tokens;
-  local.num_assignments = num_tokens;
-  local.fixed = 1;
-  local.order = at::arange(num_tokens, at::kInt);
-  local.expert_offsets = {0, num_tokens};
-  return local;
-}
-
->>>>>>> c
 }  // namespace perseid

@@ -63,15 +63,11 @@ std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options, int64_t d_mo
               .mode(gates::HashMode::kTable)
               .table(at::arange(options.num_experts, at::kLong)));
     case GateKind::kDense:
-<<<<<<< HEAD
       return std::make_shared<gates::DenseGate>(
           router_options(options, d_model, gate_id).aux_loss_coeff(0));
-=======
-      return std::make_shared<gates::DenseGate>(router_options(options).aux_loss_coeff(0));
     case GateKind::kDSelectK:
       return std::make_shared<gates::DSelectKGate>(
-          switch_options<gates::DSelectKGateOptions>(options));
->>>>>>> d
+          switch_options<gates::DSelectKGateOptions>(options, d_model, gate_id));
     case GateKind::kComet:
       return std::make_shared<gates::CometGate>(
           switch_options<gates::CometGateOptions>(options, d_model, gate_id));

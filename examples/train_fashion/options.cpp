@@ -25,25 +25,23 @@ const std::map<std::string, std::vector<GateKind>> kGates = {
     {"comet", {GateKind::kComet}},
     {"dense", {GateKind::kDense}},
     {"all",
-<<<<<<< HEAD
-     {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kComet,
-      GateKind::kDense}}};
+     {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kDSelectK,
+      GateKind::kComet, GateKind::kDense}}};
 /// Those of task multi: its images have no domain, and a key has no meaning.
 const std::map<std::string, std::vector<GateKind>> kMultiGates = {
     {"single", {GateKind::kSingle}},
     {"topk", {GateKind::kTopK}},
+    {"dselectk", {GateKind::kDSelectK}},
     {"comet", {GateKind::kComet}},
     {"dense", {GateKind::kDense}},
-    {"all", {GateKind::kSingle, GateKind::kTopK, GateKind::kComet, GateKind::kDense}}};
+    {"all",
+     {GateKind::kSingle, GateKind::kTopK, GateKind::kDSelectK, GateKind::kComet,
+      GateKind::kDense}}};
 const std::map<std::string, Task> kTasks = {{"domains", Task::kDomains}, {"multi", Task::kMulti}};
 const std::map<std::string, Protocol> kProtocols = {{"small", Protocol::kSmall},
                                                     {"published", Protocol::kPublished}};
 const std::map<std::string, ExpertKind> kExperts = {{"mlp", ExpertKind::kMlp},
                                                     {"conv", ExpertKind::kConv}};
-=======
-     {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kDSelectK,
-      GateKind::kComet, GateKind::kDense}}};
->>>>>>> d
 
 template <typename T>
 std::vector<std::string> keys_of(const std::map<std::string, T>& table) {
@@ -109,15 +107,10 @@ void add_task_flags(CLI::App& app, Words& words) {
       ->check(one_of(keys_of(kTasks)))
       ->capture_default_str()
       ->group("Model");
-<<<<<<< HEAD
   app.add_option("--protocol", words.protocol,
                  "of task multi: 30,000 samples and 8 epochs, or 100,000 and 200; defaults of "
                  "other flags depend on it")
       ->check(one_of(keys_of(kProtocols)))
-=======
-  app.add_option("--gate", gate, "the gate; all runs each in turn and compares them")
-      ->check(one_of({"single", "hash", "oracle", "topk", "dselectk", "comet", "dense", "all"}))
->>>>>>> d
       ->capture_default_str()
       ->group("Model");
 }

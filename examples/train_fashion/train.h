@@ -24,23 +24,14 @@ struct TrainOptions {
   double gamma = 1;             ///< width of the switches of DSelect-k and COMET
   double entropy_coeff = 1;     ///< pulls their selectors and trees to one expert
   double entropy_ramp = 0.5;    ///< share of the run over which entropy_coeff grows from 0
-<<<<<<< HEAD
   bool input_norm = true;       ///< the gate reads LayerNorm(x) / sqrt(D); false: the pixels x
-  bool hard_eval = false;       ///< in the test each of its trees takes one leaf
-  double capacity_factor = 0;   ///< 0: dropless
-  kernels::DType dtype = kernels::DType::kFloat32;
-  double lr = 1e-3;
-  double adam_eps = 1e-8;
-  double gate_lr_factor = 3;        ///< the gate's learning rate is this times lr
-  double lr_decay = 0.3;            ///< share of the run, at its end, over which both fall to 0
-=======
   bool hard_eval = false;       ///< in the test each selector and tree takes one expert
   double capacity_factor = 0;   ///< 0: dropless
   kernels::DType dtype = kernels::DType::kFloat32;
   double lr = 8e-3;
+  double adam_eps = 1e-8;
   double gate_lr_factor = 2;        ///< the gate's learning rate is this times lr
   double lr_decay = 0.5;            ///< share of the run, at its end, over which both fall to 0
->>>>>>> d
   int64_t global_batch_size = 256;  ///< images of a step, over all ranks
   int64_t epochs = 6;
   int64_t train_iters = 0;     ///< 0: as many steps as `epochs` take

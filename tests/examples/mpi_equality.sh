@@ -1,10 +1,7 @@
 #!/usr/bin/env bash
 # The same run in one process and under mpirun at 1, 2 and 4 ranks, also with a rank without images:
-<<<<<<< HEAD
-# losses and weights after 50 steps must agree, and after 10 of the task with two gates.
-=======
-# losses and weights after 50 steps must agree. DSelect-k and COMET at 2 ranks, one of them idle.
->>>>>>> d
+# losses and weights after 50 steps must agree, and after 10 of the task with two gates. DSelect-k
+# and COMET at 2 ranks, one of them idle.
 #   mpi_equality.sh TRAIN_FASHION MPIEXEC FOLDER_OF_THIS_TEST WORK_FOLDER
 set -euo pipefail
 train=$1 mpiexec=$2 here=$3 work=$4
@@ -15,13 +12,8 @@ steps=50
 run() { # NAME DTYPE COMMAND... : a run that writes NAME.json
   local name=$1 dtype=$2
   shift 2
-<<<<<<< HEAD
   "$@" --data "$here/fashion-mnist" --global-batch-size 58 --train-iters "$steps" --dtype "$dtype" \
-    --threads 1 --dump "$work/$name.$dtype.json" >"$work/$name.log" 2>&1 || {
-=======
-  "$@" --data "$here/fashion-mnist" --global-batch-size 58 --train-iters 50 --dtype "$dtype" \
     --lr 1e-3 --threads 1 --dump "$work/$name.$dtype.json" >"$work/$name.log" 2>&1 || {
->>>>>>> d
     echo "failed: $*" >&2
     cat "$work/$name.log" >&2
     exit 1
@@ -43,7 +35,14 @@ for dtype in float64 float32; do
     "$work/mpi4replicas.$dtype.json"
 done
 
-<<<<<<< HEAD
+# Gates whose number of experts varies, and a loss of the mean weights of all ranks.
+for gate in dselectk comet; do
+  run one float64 "$train" --gate "$gate"
+  run mpi2 float64 "$mpiexec" -n 2 "$train" --gate "$gate"
+  run mpi2idle float64 "$mpiexec" -n 2 "$train" --gate "$gate" --idle-ranks 1
+  python3 "$here/compare_dumps.py" max 1e-12 "$work"/{one,mpi2,mpi2idle}.float64.json
+done
+
 # Two tasks with a gate each.
 steps=10
 multi=("$train" --task multi --gate comet)
@@ -53,12 +52,3 @@ run multi.mpi2 float64 "$mpiexec" -n 2 "${multi[@]}"
 run multi.mpi2idle float64 "$mpiexec" -n 2 "${multi[@]}" --idle-ranks 1
 python3 "$here/compare_dumps.py" max 1e-12 "$work/multi.float64.json" \
   "$work"/multi.{local4,mpi2,mpi2idle}.float64.json
-=======
-# Gates whose number of experts varies, and a loss of the mean weights of all ranks.
-for gate in dselectk comet; do
-  run one "float64" "$train" --gate "$gate"
-  run mpi2 "float64" "$mpiexec" -n 2 "$train" --gate "$gate"
-  run mpi2idle "float64" "$mpiexec" -n 2 "$train" --gate "$gate" --idle-ranks 1
-  python3 "$here/compare_dumps.py" max 1e-12 "$work"/{one,mpi2,mpi2idle}.float64.json
-done
->>>>>>> d
