@@ -12,10 +12,13 @@ list(TRANSFORM private_headers REPLACE "(.+)" "PATTERN;\\1;EXCLUDE")
 foreach(folder IN ITEMS kernels comm gates moe)
   install(DIRECTORY "${PROJECT_SOURCE_DIR}/${folder}"
     DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}/perseid"
-    FILES_MATCHING PATTERN "*.h" ${private_headers})
+    FILES_MATCHING PATTERN "*.h" PATTERN "moe/ops" EXCLUDE ${private_headers})
   install(TARGETS perseid_${folder} EXPORT PerseidTargets
     ARCHIVE DESTINATION "${CMAKE_INSTALL_LIBDIR}")
 endforeach()
+if(TARGET perseid_ops)
+  install(TARGETS perseid_ops LIBRARY DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+endif()
 install(EXPORT PerseidTargets NAMESPACE Perseid:: DESTINATION "${perseid_package_dir}")
 
 configure_package_config_file("${PROJECT_SOURCE_DIR}/cmake/PerseidConfig.cmake.in"

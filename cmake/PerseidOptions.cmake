@@ -1,7 +1,11 @@
 # Options of the build. Each optional part is AUTO (use it if it is found), ON (stop without it) or OFF.
 option(PERSEID_BUILD_EXAMPLES "Build the example programs" ${PROJECT_IS_TOP_LEVEL})
 option(PERSEID_BUILD_TESTS "Build the tests" ${PROJECT_IS_TOP_LEVEL})
+option(PERSEID_PYTHON_OPS "Build libperseid_ops.so, which torch.ops.load_library loads in Python"
+  ${PROJECT_IS_TOP_LEVEL})
 option(PERSEID_INSTALL "Add the rules of cmake --install" ${PROJECT_IS_TOP_LEVEL})
+set(PERSEID_PYTHON "" CACHE FILEPATH
+  "Python with torch for the tests of PERSEID_PYTHON_OPS; empty: that of .venv, else python3")
 set(PERSEID_SANITIZE "" CACHE STRING "Sanitizers for our code: empty, address;undefined or thread")
 
 foreach(part IN ITEMS CUDA NCCL MPI)

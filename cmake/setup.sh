@@ -2,6 +2,7 @@
 #   perseid_setup [PACKAGE...]      Debian packages beyond those of every build, such as libgtest-dev
 #   perseid_build FOLDER TARGET...  builds with as many jobs as cores and memory allow
 #   perseid_mpi_environment         what mpirun needs as root, in containers and on few cores
+#   perseid_setup_python            what `import torch` needs beyond LibTorch, for tests of the operations
 # It says first what it will install: Debian packages by apt-get, LibTorch into .venv in this folder.
 # Nothing else on the machine changes. When all is there it costs nothing; an interrupted
 # installation is repaired by the next call. Variables:
@@ -98,11 +99,12 @@ perseid_torch_library() { # prints the path, or nothing
   done
 }
 
-perseid_torch_lacks() { # prints the libraries that LibTorch needs and the loader does not find
+perseid_torch_lacks() { # [LIBRARY] : prints the libraries that it needs and the loader does not find
   local library
   library=$(perseid_torch_library)
   [ -n "$library" ] || return 0
-  env -u LD_LIBRARY_PATH ldd "$library" 2>/dev/null | awk '/not found/ { print $1 }' | xargs
+  env -u LD_LIBRARY_PATH ldd "${library%/*}/${1:-libtorch_cpu.so}" 2>/dev/null |
+    awk '/not found/ { print $1 }' | sort -u | xargs
 }
 
 perseid_has_torch() {
@@ -165,6 +167,39 @@ perseid_install_torch() {
       "call this again; if that does not help, install the packages that hold them"
   rm -rf "$perseid_venv/tmp" "$perseid_venv/perseid-incomplete"
   printf '%s\n' "$perseid_torch" >"$perseid_venv/perseid-wheels"
+}
+
+# ---- Python --------------------------------------------------------------------------------------
+perseid_can_import_torch() { perseid_python "$perseid_venv/bin/python" -c 'import torch' 2>/dev/null; }
+
+perseid_wheel_of() { # LIBRARY : prints the wheel that torch 2.11 takes it from
+  local part=${1%%.so*}
+  case $part in
+    libcudnn*) echo nvidia-cudnn-cu13==9.19.0.56 ;;
+    libcusparseLt) echo nvidia-cusparselt-cu13==0.8.0 ;;
+    libnccl) echo nvidia-nccl-cu13==2.28.9 ;;
+    libnvshmem_host) echo nvidia-nvshmem-cu13==3.4.5 ;;
+    libcublasLt) echo 'cuda-toolkit[cublas]==13.0.2' ;;
+    *) echo "cuda-toolkit[${part#lib}]==13.0.2" ;;
+  esac
+}
+
+# Little where a CUDA 13 toolkit is on the machine, else up to 2 GB: the wheel of torch links it.
+perseid_setup_python() {
+  local wheels=(typing-extensions 'sympy>=1.13.3' networkx jinja2 filelock fsspec) lack
+  perseid_can_import_torch && return
+  for lack in $(perseid_torch_lacks libtorch_python.so); do wheels+=("$(perseid_wheel_of "$lack")"); done
+  perseid_say "Python's torch needs in $perseid_venv: ${wheels[*]}"
+  perseid_need_disk "$perseid_root" 6000 "what torch needs in Python"
+  mkdir -p "$perseid_venv/tmp"
+  perseid_python "$perseid_venv/bin/python" -m pip -q --no-input --disable-pip-version-check \
+    install --only-binary=:all: "${wheels[@]}" ||
+    perseid_stop "pip could not install ${wheels[*]}; its words stand above. Check the network, then" \
+      "call this again"
+  rm -rf "$perseid_venv/tmp"
+  perseid_can_import_torch ||
+    perseid_stop "$perseid_venv/bin/python cannot import torch after all; call it with -c 'import torch'" \
+      "to see why"
 }
 
 # ---- What the scripts call -----------------------------------------------------------------------

@@ -2,15 +2,14 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
-#include "gates/block_product.h"
 #include "gates/comet_logits.h"
 #include "gates/kernel_types.h"
 #include "gates/linear_router.h"
 #include "gates/ragged_table.h"
+#include "gates/router_call.h"
 #include "kernels/error.h"
 
 namespace perseid::gates {
@@ -21,16 +20,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr const char* kOperation = "comet_gate";
-
-// An autograd function takes no undefined tensor: what is absent travels as an empty one.
-Tensor or_empty(const Tensor& tensor) {
-  return tensor.defined() ? tensor : at::empty({0}, at::kFloat);
-}
-
-/// Sum over rows [1, N], in the order of the rows.
-Tensor row_sum(const Tensor& rows) {
-  return multiply_in_blocks(at::ones({1, rows.size(0)}, rows.options()), rows, 1);
-}
 
 kernels::CometInput kernel_input(const Tensor& splits, const Tensor& leaves, const Tensor& valid) {
   kernels::CometInput input;
@@ -119,7 +108,7 @@ struct CometCore : torch::autograd::Function<CometCore> {
     Tensor grad_weights;
     if (gradients[0].defined()) {
       grad_weights = dense_of(saved[7], saved[8], gradients[0].to(type), shape.num_experts);
-      if (is_static) grad_weights = row_sum(grad_weights);
+      if (is_static) grad_weights = sum_of_rows(grad_weights).unsqueeze(0);
     }
     double grad_entropy_sum = gradients[1].defined() ? gradients[1].item<double>() : 0;
     if (is_static) {
@@ -145,9 +134,9 @@ struct CometCore : torch::autograd::Function<CometCore> {
                        .add_(grad_of_features(grad_leaves, leaf_weight.to(type), descent));
     }
     results[1] = grad_of_weight(grad_splits, features, descent).to(parameter_type);
-    results[2] = row_sum(grad_splits).squeeze(0).to(parameter_type);
+    results[2] = sum_of_rows(grad_splits).to(parameter_type);
     results[3] = grad_of_weight(grad_leaves, features, descent).to(parameter_type);
-    results[4] = row_sum(grad_leaves).squeeze(0).to(parameter_type);
+    results[4] = sum_of_rows(grad_leaves).to(parameter_type);
     return results;
   }
 };

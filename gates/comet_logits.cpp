@@ -2,9 +2,9 @@
 
 #include <ATen/ops/empty.h>
 
-#include "gates/block_product.h"
 #include "gates/kernel_types.h"
 #include "kernels/comet_lazy.h"
+#include "kernels/router_linear.h"
 #include "kernels/sparse_product.h"
 
 namespace perseid::gates {
@@ -15,10 +15,32 @@ namespace {
 
 constexpr const char* kOperation = "comet_gate";
 
+kernels::RouterLinearShape linear_shape(const Tensor& grad_or_logits, int64_t d_model) {
+  return {grad_or_logits.size(0), grad_or_logits.size(1), d_model};
+}
+
 /// [T, N] logits of one linear layer, in the type of the features.
 Tensor linear(const Tensor& features, const Tensor& weight, const Tensor& bias) {
-  const at::ScalarType type = features.scalar_type();
-  return multiply_in_blocks(features, weight.to(type).t(), 0).add_(bias.to(type));
+  const Tensor logits = at::empty({features.size(0), weight.size(0)}, features.options());
+  const kernels::DType dtype = kernel_type(features.scalar_type());
+  kernels::router_linear(linear_shape(logits, features.size(1)), dtype, dtype,
+                         features.const_data_ptr(), weight.const_data_ptr(), bias.const_data_ptr(),
+                         logits.mutable_data_ptr(), stream_of(features, kOperation));
+  return logits;
+}
+
+struct LinearGrads {
+  void* features = nullptr;
+  void* weight = nullptr;
+};
+
+/// What is null is not written.
+void linear_backward(const Tensor& grad, const Tensor& features, const Tensor& weight,
+                     int64_t d_model, const LinearGrads& out) {
+  const kernels::DType dtype = kernel_type(grad.scalar_type());
+  kernels::router_linear_backward(linear_shape(grad, d_model), dtype, dtype, data_or_null(features),
+                                  data_or_null(weight), nullptr, grad.const_data_ptr(),
+                                  out.features, out.weight, nullptr, stream_of(grad, kOperation));
 }
 
 // Along active paths a logit costs a dot product of its own, not its share of a matrix product. In
@@ -77,20 +99,27 @@ CometLogits comet_logits(const Tensor& features, const CometParameters& paramete
 }
 
 Tensor grad_of_features(const Tensor& grad, const Tensor& weight, Descent descent) {
-  if (!is_sparse(grad, descent)) return multiply_in_blocks(grad, weight, 0);
   const Tensor rows = weight.contiguous();
   const Tensor out = at::empty({grad.size(0), rows.size(1)}, grad.options());
-  kernels::sparse_product(grad.const_data_ptr(), rows.const_data_ptr(), grad.size(0), rows.size(0),
-                          rows.size(1), kernel_type(grad.scalar_type()), out.mutable_data_ptr());
+  if (is_sparse(grad, descent)) {
+    kernels::sparse_product(grad.const_data_ptr(), rows.const_data_ptr(), grad.size(0),
+                            rows.size(0), rows.size(1), kernel_type(grad.scalar_type()),
+                            out.mutable_data_ptr());
+  } else {
+    linear_backward(grad, {}, rows, rows.size(1), {out.mutable_data_ptr()});
+  }
   return out;
 }
 
 Tensor grad_of_weight(const Tensor& grad, const Tensor& features, Descent descent) {
-  if (!is_sparse(grad, descent)) return multiply_in_blocks(grad.t(), features, 1);
   const Tensor out = at::empty({grad.size(1), features.size(1)}, grad.options());
-  kernels::sparse_transposed_product(grad.const_data_ptr(), features.const_data_ptr(), grad.size(0),
-                                     grad.size(1), features.size(1),
-                                     kernel_type(grad.scalar_type()), out.mutable_data_ptr());
+  if (is_sparse(grad, descent)) {
+    kernels::sparse_transposed_product(grad.const_data_ptr(), features.const_data_ptr(),
+                                       grad.size(0), grad.size(1), features.size(1),
+                                       kernel_type(grad.scalar_type()), out.mutable_data_ptr());
+  } else {
+    linear_backward(grad, features, {}, features.size(1), {nullptr, out.mutable_data_ptr()});
+  }
   return out;
 }
 

@@ -10,4 +10,9 @@ namespace perseid::gates {
 GateOutput one_expert_per_token(const GateInput& input, const at::Tensor& expert_idx,
                                 int64_t num_experts);
 
+/// The same for K experts of weight 1/K each.
+/// @param expert_idx  [T, K] int32, ascending and distinct in the rows of valid tokens
+GateOutput equal_experts_per_token(const GateInput& input, const at::Tensor& expert_idx,
+                                   int64_t num_experts);
+
 }  // namespace perseid::gates

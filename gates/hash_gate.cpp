@@ -2,11 +2,14 @@
 
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+
 #include "gates/describe.h"
 #include "gates/fixed_gate.h"
 #include "gates/kernel_types.h"
 #include "kernels/error.h"
 #include "kernels/hash.h"
+#include "kernels/random.h"
 
 namespace perseid::gates {
 namespace {
@@ -34,10 +37,17 @@ at::Tensor checked_table(const HashGateOptions& options) {
   return experts.to(at::kInt);
 }
 
+int64_t checked_num_hashes(const HashGateOptions& options) {
+  const int64_t n = options.num_hashes(), E = options.num_experts();
+  require(E < 1 || (n >= 1 && n <= E), kOperation, "num_hashes", n,
+          "is outside [1, num_experts=" + to_text(E) + "]: the experts of a token are distinct");
+  return n;
+}
+
 }  // namespace
 
 HashGate::HashGate(const HashGateOptions& options)
-    : Gate(kOperation, options.num_experts(), 1), options_(options) {
+    : Gate(kOperation, options.num_experts(), checked_num_hashes(options)), options_(options) {
   if (options.mode() == HashMode::kTable) {
     table_ = register_buffer("table", checked_table(options));
   } else {
@@ -51,36 +61,63 @@ void HashGate::to(at::Device device, at::ScalarType /*dtype*/, bool non_blocking
 }
 void HashGate::to(at::ScalarType /*dtype*/, bool /*non_blocking*/) {}
 
+/// Hash 0 of each key. [T]
+at::Tensor HashGate::first_experts(const GateInput& input, const at::Tensor& keys) const {
+  const int64_t* key = keys.const_data_ptr<int64_t>();
+  const int64_t T = keys.size(0);
+  const at::Tensor expert_idx = at::empty({T}, keys.options().dtype(at::kInt));
+  auto* const expert = expert_idx.mutable_data_ptr<int32_t>();
+  kernels::hash_buckets(key, T, options_.seed(), num_experts(), expert);
+  if (!table_.defined()) return expert_idx;
+  const at::Tensor table = table_.cpu().contiguous();
+  const at::Tensor valid = input.valid.has_value() ? input.valid->cpu().contiguous() : at::Tensor();
+  const int32_t* entry = table.const_data_ptr<int32_t>();
+  const int64_t V = table.size(0);
+  for (int64_t t = 0; t < T; ++t) {
+    if (key[t] >= 0 && key[t] < V) {
+      expert[t] = entry[key[t]];
+    } else if (options_.oov() == OutOfTable::kError &&
+               (!valid.defined() || valid.const_data_ptr<bool>()[t])) {
+      const std::string argument = "keys[" + to_text(t) + "]";
+      throw DataError(
+          {kOperation, argument, to_text(key[t]),
+           "is outside the table [0, " + to_text(V) + "); choose oov=hash or extend it"});
+    }
+  }
+  return expert_idx;
+}
+
+/// Puts hashes 1 .. n-1 beside hash 0; rows ascend. [T, n]
+at::Tensor HashGate::with_more_experts(const at::Tensor& first, const at::Tensor& keys) const {
+  const int64_t T = keys.size(0), n = options_.num_hashes(), E = num_experts();
+  const at::Tensor result = at::empty({T, n}, first.options());
+  const int64_t* key = keys.const_data_ptr<int64_t>();
+  const int32_t* hash0 = first.const_data_ptr<int32_t>();
+  auto* const rows = result.mutable_data_ptr<int32_t>();
+  for (int64_t t = 0; t < T; ++t) {
+    int32_t* const row = rows + t * n;
+    row[0] = hash0[t];
+    for (int64_t h = 1; h < n; ++h) {
+      const uint64_t seed =
+          kernels::random_key(options_.seed()).with(static_cast<uint64_t>(h)).value;
+      int32_t expert = kernels::hash_bucket(key[t], seed, E - h);
+      int32_t* place = row;  // the row ascends: each taken expert up to here moves the number on
+      for (; place != row + h && *place <= expert; ++place) ++expert;
+      std::copy_backward(place, row + h, row + h + 1);
+      *place = expert;
+    }
+  }
+  return result;
+}
+
 GateOutput HashGate::forward(const GateInput& input) {
   validate(input, -1, kOperation);
   stream_of(input.tokens, kOperation);
   require(input.keys.has_value(), kOperation, "keys", "none",
           "are needed: features are never hashed; give an int64 key for each token");
   const at::Tensor keys = input.keys->cpu().contiguous();
-  const int64_t* key = keys.const_data_ptr<int64_t>();
-  const int64_t T = keys.size(0);
-  const at::Tensor expert_idx = at::empty({T}, keys.options().dtype(at::kInt));
-  int32_t* expert = expert_idx.mutable_data_ptr<int32_t>();
-  kernels::hash_buckets(key, T, options_.seed(), num_experts(), expert);
-  if (table_.defined()) {
-    const at::Tensor table = table_.cpu().contiguous();
-    const at::Tensor valid =
-        input.valid.has_value() ? input.valid->cpu().contiguous() : at::Tensor();
-    const int32_t* entry = table.const_data_ptr<int32_t>();
-    const int64_t V = table.size(0);
-    for (int64_t t = 0; t < T; ++t) {
-      if (key[t] >= 0 && key[t] < V) {
-        expert[t] = entry[key[t]];
-      } else if (options_.oov() == OutOfTable::kError &&
-                 (!valid.defined() || valid.const_data_ptr<bool>()[t])) {
-        const std::string argument = "keys[" + to_text(t) + "]";
-        throw DataError(
-            {kOperation, argument, to_text(key[t]),
-             "is outside the table [0, " + to_text(V) + "); choose oov=hash or extend it"});
-      }
-    }
-  }
-  return one_expert_per_token(input, expert_idx.to(input.tokens.device()), num_experts());
+  const at::Tensor experts = with_more_experts(first_experts(input, keys), keys);
+  return equal_experts_per_token(input, experts.to(input.tokens.device()), num_experts());
 }
 
 }  // namespace perseid::gates

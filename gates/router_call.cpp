@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include "kernels/error.h"
+#include "kernels/router_linear.h"
 
 namespace perseid::gates {
 namespace {
@@ -25,6 +26,15 @@ Tensor or_empty(const Tensor& tensor) {
   return tensor.defined() ? tensor : at::empty({0}, at::kFloat);
 }
 Tensor or_undefined(const Tensor& tensor) { return tensor.numel() > 0 ? tensor : Tensor(); }
+
+Tensor sum_of_rows(const Tensor& rows) {
+  const Tensor sum = at::empty({rows.size(1)}, rows.options());
+  const kernels::DType dtype = kernel_type(rows.scalar_type());
+  kernels::router_linear_backward({rows.size(0), rows.size(1), 1}, dtype, dtype, nullptr, nullptr,
+                                  nullptr, rows.const_data_ptr(), nullptr, nullptr,
+                                  sum.mutable_data_ptr(), stream_of(rows, "sum_of_rows"));
+  return sum;
+}
 
 std::vector<Tensor> route_logits(const Tensor& logits, const Tensor& valid,
                                  const Tensor& expert_bias, const LinearRouterOptions& options) {

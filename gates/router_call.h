@@ -15,6 +15,9 @@ namespace perseid::gates {
 at::Tensor or_empty(const at::Tensor& tensor);
 at::Tensor or_undefined(const at::Tensor& tensor);
 
+/// Sum over rows [N, M], in their order, in double: what a bias [M] gets. No graph.
+at::Tensor sum_of_rows(const at::Tensor& rows);
+
 /// Places in the list that route_logits returns; what is not asked for is an empty tensor.
 enum RouterSlot : uint8_t {
   kWeights,          ///< [T*K]

@@ -141,6 +141,32 @@ Routing routing_from_dense(const Tensor& weights) {
   return routing;
 }
 
+Routing routing_from_mask(const Tensor& weights, const Tensor& is_selected) {
+  constexpr const char* kOperation = "routing_from_mask";
+  require(weights.defined() && weights.dim() == 2 && weights.is_floating_point(), kOperation,
+          "weights", describe(weights), "is not a floating [T, E] table");
+  require(is_selected.defined() && is_selected.sizes() == weights.sizes() &&
+              is_selected.scalar_type() == at::kBool,
+          kOperation, "is_selected", describe(is_selected),
+          "is not a bool table of the shape of weights=" + describe(weights));
+  const int64_t E = weights.size(1);
+  const Tensor values = as_gate_weights(weights).reshape({-1});
+  // By token and id, then stably by weight, then stably by token.
+  const Tensor pairs = at::nonzero(is_selected.reshape({-1})).squeeze(1);
+  const Tensor by_weight =
+      pairs.index_select(0, std::get<1>(at::sort(sort_key(values.index_select(0, pairs)),
+                                                 /*stable=*/true, /*dim=*/0, /*descending=*/true)));
+  const Tensor order = std::get<1>(
+      at::sort(by_weight.div(E, "floor"), /*stable=*/true, /*dim=*/0, /*descending=*/false));
+  const Tensor positions = by_weight.index_select(0, order);
+  Routing routing;
+  routing.num_tokens = weights.size(0);
+  routing.token_offsets = offsets_of(is_selected.sum(1));
+  routing.expert_idx = positions.remainder(E).to(at::kInt);
+  routing.weights = values.index_select(0, positions);
+  return routing;
+}
+
 Routing without_invalid(const Routing& routing, const Tensor& valid) {
   constexpr const char* kOperation = "without_invalid";
   validate_shapes(routing, std::numeric_limits<int32_t>::max(), kOperation);

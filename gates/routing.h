@@ -32,6 +32,12 @@ Routing routing_from_table(const at::Tensor& expert_idx, const at::Tensor& weigh
 /// @param weights  [T, E] >= 0, differentiable
 Routing routing_from_dense(const at::Tensor& weights);
 
+/// Ragged routing of the pairs that are selected, whatever their weight: for gates that select by
+/// index. A NaN is the last of its row.
+/// @param weights      [T, E] differentiable
+/// @param is_selected  [T, E] bool
+Routing routing_from_mask(const at::Tensor& weights, const at::Tensor& is_selected);
+
 /// The same routing without the tokens that are not valid: their rows become empty.
 /// @param valid  [T] bool
 Routing without_invalid(const Routing& routing, const at::Tensor& valid);

@@ -18,11 +18,10 @@ Tensor smooth_step_features(const GateInput& input, InputNorm norm, at::ScalarTy
   return gate_features(valid_tokens(input), norm, type);
 }
 
-NamedLoss entropy_loss(const Tensor& entropy_sum, double coeff, int64_t tokens_global,
-                       at::ScalarType type) {
-  const double scale = tokens_global > 0 ? 1.0 / static_cast<double>(tokens_global) : 0.0;
-  return {"entropy_loss", entropy_sum.mul(coeff * scale).to(type),
-          entropy_sum.detach().mul(scale).to(type)};
+NamedLoss mean_loss(const char* name, const Tensor& sum, double coeff, int64_t num_tokens,
+                    at::ScalarType type) {
+  const double scale = num_tokens > 0 ? 1.0 / static_cast<double>(num_tokens) : 0.0;
+  return {name, sum.mul(coeff * scale).to(type), sum.detach().mul(scale).to(type)};
 }
 
 GateOutput smooth_step_output(const SmoothStepResult& result, const SmoothStepCounts& counts,

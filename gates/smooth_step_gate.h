@@ -31,7 +31,7 @@ void validate_smooth_step(const Options& options, const char* operation) {
   require(options.min_weight() >= 0 && options.min_weight() < share, operation, "min_weight",
           options.min_weight(),
           "is outside [0, 1/num_experts=" + to_text(share) +
-              "), where every token keeps an expert; choose 0 for exact weights");
+              "), the weight of an expert at equal shares; choose 0 for exact weights");
 }
 
 /// Key of the initial values of a gate.
@@ -65,9 +65,9 @@ struct SmoothStepCounts {
   double removed_weight = 0;
 };
 
-/// "entropy_loss": coeff * entropy_sum / tokens_global in `type`, 0 if tokens_global is 0.
-NamedLoss entropy_loss(const at::Tensor& entropy_sum, double coeff, int64_t tokens_global,
-                       at::ScalarType type);
+/// coeff * sum / num_tokens in `type`, 0 if num_tokens is 0.
+NamedLoss mean_loss(const char* name, const at::Tensor& sum, double coeff, int64_t num_tokens,
+                    at::ScalarType type);
 
 /// Routing and statistics. In training it warns, once in the process, if more than 99 % of the
 /// switches are saturated: these pass no gradient.
@@ -76,15 +76,17 @@ GateOutput smooth_step_output(const SmoothStepResult& result, const SmoothStepCo
                               const char* operation);
 
 /// Adds "entropy_loss" and "balance_loss" as far as their coefficients are not 0.
+/// @param entropy_tokens  divisor of entropy_sum; 0: the tokens of all ranks
 template <typename Options>
 void add_smooth_step_losses(const Options& options, const at::Tensor& entropy_sum,
-                            const GateInput& input, GateOutput& output) {
-  const int64_t tokens_global =
-      input.tokens_global > 0 ? input.tokens_global : output.stats.num_tokens;
+                            const GateInput& input, GateOutput& output,
+                            int64_t entropy_tokens = 0) {
   if (options.entropy_coeff() > 0) {
-    output.losses.push_back(entropy_loss(
-        entropy_sum, options.entropy_coeff() * options.entropy_schedule().at(input.progress),
-        tokens_global, output.routing.weights.scalar_type()));
+    if (entropy_tokens == 0) entropy_tokens = tokens_global_of(input, output.stats.num_tokens);
+    output.losses.push_back(
+        mean_loss("entropy_loss", entropy_sum,
+                  options.entropy_coeff() * options.entropy_schedule().at(input.progress),
+                  entropy_tokens, output.routing.weights.scalar_type()));
   }
   if (options.balance_coeff() > 0) {
     output.global_losses.push_back(balance_entropy_loss(

@@ -53,33 +53,6 @@ struct BlockSums {
 };
 
 template <typename T>
-PERSEID_INLINE T entropy(const CometScratch<T>& scratch) {
-  const T* const v = scratch.leaf_reach.data();
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < scratch.num_leaves; ++i) {
-    sum += v[i] * log_of(v[i] + static_cast<T>(kEntropyEpsilon));
-  }
-  return -sum;
-}
-
-/// Weights of one token; returns what the cut-off removed.
-template <typename T>
-PERSEID_INLINE double write_weights(const CometScratch<T>& scratch, T sum, T min_weight,
-                                    T* weights) {
-  const T* const merged = scratch.merged.data();
-  double removed = 0;
-#pragma omp simd reduction(+ : removed)
-  for (int64_t m = 0; m < scratch.num_experts; ++m) {
-    const T g = merged[m] / sum;
-    const T cut = g < min_weight ? g : T{0};
-    weights[m] = g < min_weight ? T{0} : g;
-    removed += static_cast<double>(cut);
-  }
-  return removed;
-}
-
-template <typename T>
 PERSEID_SIMD_CLONES void comet_block(const CometJob<T>& job, int64_t begin, int64_t end, T* weights,
                                      bool needs_entropy, CometScratch<T>& scratch,
                                      BlockSums& sums) {
@@ -105,26 +78,15 @@ PERSEID_SIMD_CLONES void comet_block(const CometJob<T>& job, int64_t begin, int6
     const NodeCounts nodes = reach_leaves(scratch);
     sums.reached_nodes += nodes.reached;
     sums.saturated_nodes += nodes.saturated;
-    if (needs_entropy) sums.entropy_sum += static_cast<double>(entropy(scratch));
+    if (needs_entropy)
+      sums.entropy_sum +=
+          static_cast<double>(switch_entropy(scratch.leaf_reach.data(), scratch.num_leaves));
     if (row == nullptr) continue;
     if (job.options.hard_eval) harden(scratch);
     const Softmax<T> softmax = merge_leaves(leaf_logits, job.input.expert_map, scratch);
-    sums.removed_weight +=
-        write_weights(scratch, softmax.sum, static_cast<T>(job.options.min_weight), row);
+    sums.removed_weight += write_weights(scratch.merged.data(), softmax.sum,
+                                         static_cast<T>(job.options.min_weight), E, row);
   }
-}
-
-/// dL/dg of one token where g > 0, else 0; returns sum_m g_m dL/dg_m.
-template <typename T>
-PERSEID_INLINE T read_gradient(const T* weights, const T* grad_weights, CometScratch<T>& scratch) {
-  T* const grad = scratch.grad.data();
-  T mean = 0;
-#pragma omp simd reduction(+ : mean)
-  for (int64_t m = 0; m < scratch.num_experts; ++m) {
-    grad[m] = weights[m] > T{0} ? grad_weights[m] : T{0};
-    mean += weights[m] * grad[m];
-  }
-  return mean;
 }
 
 /// grad a, and dL/dv of the softmax added to leaf_grad unless v is a constant.
@@ -155,13 +117,12 @@ PERSEID_INLINE void leaf_gradients(const CometJob<T>& job, const Softmax<T>& sof
 
 template <typename T>
 PERSEID_INLINE void entropy_gradients(T coeff, CometScratch<T>& scratch) {
-  constexpr auto kEpsilon = static_cast<T>(kEntropyEpsilon);
   const T* const v = scratch.leaf_reach.data();
   T* const leaf_grad = scratch.leaf_grad.data();
 #pragma omp simd
   for (int64_t i = 0; i < scratch.num_leaves; ++i) {
-    const T shifted = v[i] + kEpsilon;
-    leaf_grad[i] = v[i] > T{0} ? coeff * (-log_of(shifted) - v[i] / shifted) : T{0};
+    const T slope = coeff * entropy_slope(v[i]);
+    leaf_grad[i] = v[i] > T{0} ? slope : T{0};
   }
 }
 
@@ -228,7 +189,7 @@ PERSEID_SIMD_CLONES void comet_backward_block(const CometJob<T>& job, const Come
     if (grad_weights != nullptr) {
       if (job.options.hard_eval) harden(scratch);
       const Softmax<T> softmax = merge_leaves(leaf_logits, job.input.expert_map, scratch);
-      const T mean = read_gradient(weights + t * E, grad_weights + t * E, scratch);
+      const T mean = read_gradient(weights + t * E, grad_weights + t * E, E, scratch.grad.data());
       leaf_gradients(job, softmax, mean, scratch, grad_leaves);
     } else {
       std::fill_n(grad_leaves, scratch.num_leaves, T{0});

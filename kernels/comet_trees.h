@@ -9,13 +9,11 @@
 #include "kernels/math.h"
 #include "kernels/simd.h"
 #include "kernels/smooth_step.h"
+#include "kernels/smooth_step_token.h"
 
 // One token's trees: what forward and backward of COMET share. Private to this folder.
 
 namespace perseid::kernels {
-
-/// Keeps the logarithm of the entropy finite.
-inline constexpr double kEntropyEpsilon = 1e-6;
 
 /// Leaves on the lowest level of the heap, its last nodes. A depth-first walk meets them first and
 /// then those of the level above, nodes E-1 and following: its order is a rotation of the heap's.

@@ -1,15 +1,17 @@
-// router_linear and its transpose: tiles of 6 rows by one vector of 64 bytes, built on one loop,
-// sums[i] += a(i, k) * b[k, columns], in which a is broadcast and rows of b lie without gaps.
+// router_linear and its transpose. All three products are sums over k of a(i, k) * b(k, column):
+// tiles of 6 rows i by one vector of columns, a is broadcast, and b lies in vectors, [vector, k,
+// lanes].
 #include "kernels/router_linear.h"
 
 #include <algorithm>
 #include <cstring>
-#include <string>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
-#include "kernels/error.h"
+#include "kernels/checks.h"
 #include "kernels/parallel.h"
+#include "kernels/router_linear_types.h"
 #include "kernels/simd.h"
 
 namespace perseid::kernels {
@@ -18,9 +20,9 @@ namespace {
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kTokensPerTask = 96;
 constexpr int64_t kTokensPerSum = 512;
-constexpr int64_t kColumnsPerTask = 64;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kVectorsPerTask = 8;         ///< columns of the gradient of the weight
+constexpr int64_t kTilesPerPanel = 8;          ///< of logits: they are read a cache line at a time
+constexpr int64_t kBytesPerChunk = 512 << 10;  ///< of b, which stays in the cache meanwhile
 
 /// 64 bytes of sums; compilers split them where registers are shorter.
 template <typename A>
@@ -28,19 +30,6 @@ struct Vector {
   static constexpr int64_t kLanes = static_cast<int64_t>(64 / sizeof(A));
   typedef A Type __attribute__((vector_size(64), aligned(8), may_alias));
 };
-
-template <typename A>
-PERSEID_INLINE void read(const A* p, typename Vector<A>::Type& out) {
-  std::memcpy(&out, p, sizeof(out));
-}
-PERSEID_INLINE void read(const BFloat16* p, Vector<float>::Type& out) {
-  typedef uint16_t Half __attribute__((vector_size(32)));
-  typedef uint32_t Word __attribute__((vector_size(64)));
-  Half bits;
-  std::memcpy(&bits, p, sizeof(bits));
-  const Word words = __builtin_convertvector(bits, Word) << 16;
-  std::memcpy(&out, &words, sizeof(out));
-}
 
 /// The first `count` values, a whole vector in the usual case.
 template <typename A, typename Out>
@@ -56,95 +45,84 @@ PERSEID_INLINE void write(Out* p, const typename Vector<A>::Type& values, int64_
   }
 }
 
-/// Where a tile reads: a(i, k) = a[i * a_row + k * a_k], row k of b is b + k * b_k.
-template <typename A, typename B>
-struct TileInput {
-  const A* a;
-  int64_t a_row, a_k;
-  const B* b;
-  int64_t b_k;
-  int64_t depth;
-  const uint8_t* used;  ///< [depth] rows k to leave out are 0; null: none
-};
-
-/// sums[i] over k for kRows rows and one vector of columns; reads whole vectors of b.
-template <int kRows, typename A, typename B>
-PERSEID_INLINE void tile(const TileInput<A, B>& in, typename Vector<A>::Type (&sums)[kTileRows]) {
+/// sums[i] over k for kRows rows and one vector of columns.
+template <int kRows, typename A>
+PERSEID_INLINE void tile(const A* a, int64_t a_row, int64_t a_k, const A* b, int64_t depth,
+                         typename Vector<A>::Type (&sums)[kTileRows]) {
   typename Vector<A>::Type acc[kRows];
   for (int i = 0; i < kRows; ++i) acc[i] = typename Vector<A>::Type{};
-  for (int64_t k = 0; k < in.depth; ++k) {
-    if (in.used && !in.used[k]) continue;
+  for (int64_t k = 0; k < depth; ++k) {
     typename Vector<A>::Type row;
-    read(in.b + k * in.b_k, row);
-    const A* const a = in.a + k * in.a_k;
+    std::memcpy(&row, b + k * Vector<A>::kLanes, sizeof(row));
 #pragma GCC unroll 6
-    for (int i = 0; i < kRows; ++i) acc[i] += a[i * in.a_row] * row;
+    for (int i = 0; i < kRows; ++i) acc[i] += a[i * a_row + k * a_k] * row;
   }
   for (int i = 0; i < kRows; ++i) sums[i] = acc[i];
 }
 
-template <typename A, typename B>
-PERSEID_INLINE void tile(int64_t rows, const TileInput<A, B>& in,
-                         typename Vector<A>::Type (&sums)[kTileRows]) {
+template <typename A>
+PERSEID_INLINE void tile(int64_t rows, const A* a, int64_t a_row, int64_t a_k, const A* b,
+                         int64_t depth, typename Vector<A>::Type (&sums)[kTileRows]) {
   switch (rows) {
     case 1:
-      return tile<1>(in, sums);
+      return tile<1>(a, a_row, a_k, b, depth, sums);
     case 2:
-      return tile<2>(in, sums);
+      return tile<2>(a, a_row, a_k, b, depth, sums);
     case 3:
-      return tile<3>(in, sums);
+      return tile<3>(a, a_row, a_k, b, depth, sums);
     case 4:
-      return tile<4>(in, sums);
+      return tile<4>(a, a_row, a_k, b, depth, sums);
     case 5:
-      return tile<5>(in, sums);
+      return tile<5>(a, a_row, a_k, b, depth, sums);
     default:
-      return tile<6>(in, sums);
+      return tile<6>(a, a_row, a_k, b, depth, sums);
   }
 }
 
-/// The last columns of rows whose number is no multiple of a vector, copied into whole vectors.
-template <typename T>
-void copy_tail(const T* rows, int64_t num_rows, int64_t width, int64_t lanes,
-               std::vector<T>& tail) {
-  const int64_t first = width / lanes * lanes;
-  tail.assign(static_cast<size_t>(num_rows * lanes), T{});
-  for (int64_t k = 0; k < num_rows; ++k) {
-    std::copy(rows + k * width + first, rows + (k + 1) * width,
-              tail.data() + static_cast<size_t>(k * lanes));
+/// out [num_rows, width] = a [num_rows, depth] b + bias, for b in vectors.
+template <typename A, typename Out>
+PERSEID_INLINE void multiply_rows(const A* a, int64_t num_rows, int64_t depth, const A* b,
+                                  const A* bias, int64_t width, Out* out) {
+  constexpr int64_t kLanes = Vector<A>::kLanes;
+  const int64_t per_chunk =
+      std::max<int64_t>(1, kBytesPerChunk / (depth * kLanes * static_cast<int64_t>(sizeof(A)))) *
+      kLanes;
+  for (int64_t first = 0; first < width; first += per_chunk) {
+    const int64_t last = std::min(width, first + per_chunk);
+    for (int64_t r = 0; r < num_rows; r += kTileRows) {
+      const int64_t rows = std::min(kTileRows, num_rows - r);
+      for (int64_t c = first; c < last; c += kLanes) {
+        typename Vector<A>::Type sums[kTileRows];
+        tile(rows, a + r * depth, depth, 1, b + c * depth, depth, sums);
+        const int64_t count = std::min(kLanes, width - c);
+        for (int64_t i = 0; i < rows; ++i) {
+          Out* const p = out + (r + i) * width + c;
+          write<A>(p, sums[i], count);
+          if constexpr (std::is_same_v<A, Out>) {
+            for (int64_t j = 0; bias && j < count; ++j) p[j] += bias[c + j];
+          }
+        }
+      }
+    }
   }
 }
 
 // ---- forward ----
 
-/// Logits of tokens [begin, end). `columns` is the weight as [vector, D, lanes], 0 behind E.
 template <typename T, typename A>
 PERSEID_SIMD_CLONES void forward_block(const RouterLinearShape& shape, const T* tokens,
                                        const A* columns, const A* bias, A* logits, int64_t begin,
                                        int64_t end) {
-  constexpr int64_t kLanes = Vector<A>::kLanes;
   const int64_t D = shape.d_model, E = shape.num_experts;
-  std::vector<A> converted(std::is_same_v<T, A> ? 0 : static_cast<size_t>(kTileRows * D));
-  for (int64_t t = begin; t < end; t += kTileRows) {
-    const int64_t rows = std::min(kTileRows, end - t);
-    const A* a;
-    if constexpr (std::is_same_v<T, A>) {
-      a = tokens + t * D;
-    } else {
-      for (int64_t i = 0; i < rows * D; ++i) {
-        converted[static_cast<size_t>(i)] = load(tokens + t * D + i);
-      }
-      a = converted.data();
+  const T* const rows = tokens + begin * D;
+  if constexpr (std::is_same_v<T, A>) {
+    multiply_rows(rows, end - begin, D, columns, bias, E, logits + begin * E);
+  } else {
+    std::vector<A> converted(static_cast<size_t>((end - begin) * D));
+    for (int64_t i = 0; i < (end - begin) * D; ++i) {
+      converted[static_cast<size_t>(i)] = load(rows + i);
     }
-    for (int64_t e = 0; e < E; e += kLanes) {
-      typename Vector<A>::Type sums[kTileRows];
-      tile(rows, TileInput<A, A>{a, D, 1, columns + e * D, kLanes, D, nullptr}, sums);
-      const int64_t count = std::min(kLanes, E - e);
-      for (int64_t i = 0; i < rows; ++i) {
-        A* const out = logits + (t + i) * E + e;
-        write<A>(out, sums[i], count);
-        for (int64_t c = 0; bias && c < count; ++c) out[c] += bias[e + c];
-      }
-    }
+    multiply_rows(converted.data(), end - begin, D, columns, bias, E, logits + begin * E);
   }
 }
 
@@ -167,23 +145,67 @@ void forward(const RouterLinearShape& shape, const T* tokens, const A* weight, c
 
 // ---- backward ----
 
+/// Columns [left, right) of rows [num_rows, width] in vectors, 0 behind the last column and in rows
+/// that are not used (null: all are).
 template <typename T, typename A>
-PERSEID_SIMD_CLONES void tokens_block(const RouterLinearShape& shape, const A* weight,
-                                      const A* tail, const A* grad_logits, T* grad_tokens,
-                                      int64_t begin, int64_t end) {
+PERSEID_INLINE void pack_columns(const T* rows, int64_t num_rows, int64_t width, int64_t left,
+                                 int64_t right, const uint8_t* used, A* out) {
+  constexpr int64_t kLanes = Vector<A>::kLanes;
+  for (int64_t c = left; c < right; c += kLanes, out += num_rows * kLanes) {
+    const int64_t count = std::min(kLanes, right - c);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const T* const from = rows + r * width + c;
+      A* const to = out + r * kLanes;
+      if (used && !used[r]) {
+        std::fill_n(to, kLanes, A{});
+      } else if (count == kLanes) {
+#pragma omp simd
+        for (int64_t i = 0; i < kLanes; ++i) to[i] = static_cast<A>(load(from + i));
+      } else {
+        for (int64_t i = 0; i < kLanes; ++i)
+          to[i] = i < count ? static_cast<A>(load(from + i)) : A{};
+      }
+    }
+  }
+}
+
+template <typename T, typename A>
+PERSEID_SIMD_CLONES void tokens_block(const RouterLinearShape& shape, const A* columns,
+                                      const A* grad_logits, T* grad_tokens, int64_t begin,
+                                      int64_t end) {
+  const int64_t D = shape.d_model, E = shape.num_experts;
+  multiply_rows(grad_logits + begin * E, end - begin, E, columns, static_cast<const A*>(nullptr), D,
+                grad_tokens + begin * D);
+}
+
+template <typename T, typename A>
+void backward_tokens(const RouterLinearShape& shape, const A* weight, const A* grad_logits,
+                     T* grad_tokens) {
   constexpr int64_t kLanes = Vector<A>::kLanes;
   const int64_t D = shape.d_model, E = shape.num_experts;
-  for (int64_t t = begin; t < end; t += kTileRows) {
-    const int64_t rows = std::min(kTileRows, end - t);
-    for (int64_t d = 0; d < D; d += kLanes) {
-      const bool whole = d + kLanes <= D;
-      typename Vector<A>::Type sums[kTileRows];
-      tile(rows,
-           TileInput<A, A>{grad_logits + t * E, E, 1, whole ? weight + d : tail, whole ? D : kLanes,
-                           E, nullptr},
-           sums);
-      for (int64_t i = 0; i < rows; ++i) {
-        write<A>(grad_tokens + (t + i) * D + d, sums[i], std::min(kLanes, D - d));
+  std::vector<A> columns(static_cast<size_t>(ceil_div(D, kLanes) * kLanes * E));
+  pack_columns(weight, E, D, 0, D, nullptr, columns.data());
+  parallel_tasks(ceil_div(shape.num_tokens, kTokensPerTask), [&](int64_t task) {
+    const int64_t begin = task * kTokensPerTask;
+    tokens_block(shape, columns.data(), grad_logits, grad_tokens, begin,
+                 std::min(shape.num_tokens, begin + kTokensPerTask));
+  });
+}
+
+/// Columns [left, right) of rows [num_rows, width] as tiles [tile, num_rows, kTileRows], with zeros
+/// as in pack_columns.
+template <typename A>
+PERSEID_INLINE void pack_tiles(const A* rows, int64_t num_rows, int64_t width, int64_t left,
+                               int64_t right, const uint8_t* used, A* out) {
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const bool is_used = !used || used[r];
+    A* to = out + r * kTileRows;
+    for (int64_t c = left; c < right; c += kTileRows, to += num_rows * kTileRows) {
+      const A* const from = rows + r * width + c;
+      if (is_used && c + kTileRows <= right) {
+        std::copy_n(from, kTileRows, to);
+      } else {
+        for (int64_t i = 0; i < kTileRows; ++i) to[i] = is_used && c + i < right ? from[i] : A{};
       }
     }
   }
@@ -192,57 +214,48 @@ PERSEID_SIMD_CLONES void tokens_block(const RouterLinearShape& shape, const A* w
 /// Sums over tokens [begin, end) for columns [left, right) of the gradient of the weight.
 template <typename T, typename A>
 PERSEID_SIMD_CLONES void weight_block(const RouterLinearShape& shape, const T* tokens,
-                                      const T* tail, const uint8_t* valid, const A* grad_logits,
-                                      A* sum, int64_t begin, int64_t end, int64_t left,
-                                      int64_t right) {
+                                      const uint8_t* valid, const A* grad_logits, A* sum,
+                                      int64_t begin, int64_t end, int64_t left, int64_t right) {
   constexpr int64_t kLanes = Vector<A>::kLanes;
-  const int64_t D = shape.d_model, E = shape.num_experts;
-  for (int64_t d = left; d < right; d += kLanes) {
-    const bool whole = d + kLanes <= D;
-    for (int64_t e = 0; e < E; e += kTileRows) {
-      const int64_t rows = std::min(kTileRows, E - e);
-      typename Vector<A>::Type sums[kTileRows];
-      tile(rows,
-           TileInput<A, T>{grad_logits + begin * E + e, 1, E,
-                           whole ? tokens + begin * D + d : tail + begin * kLanes,
-                           whole ? D : kLanes, end - begin, valid ? valid + begin : nullptr},
-           sums);
-      for (int64_t i = 0; i < rows; ++i) {
-        write<A>(sum + (e + i) * D + d, sums[i], std::min(kLanes, D - d));
+  constexpr int64_t kPanel = kTilesPerPanel * kTileRows;
+  const int64_t D = shape.d_model, E = shape.num_experts, depth = end - begin;
+  const uint8_t* const used = valid ? valid + begin : nullptr;
+  const std::unique_ptr<A[]> columns(
+      new A[static_cast<size_t>(ceil_div(right - left, kLanes) * kLanes * depth)]);
+  const std::unique_ptr<A[]> panel(new A[static_cast<size_t>(
+      std::min(kTilesPerPanel, ceil_div(E, kTileRows)) * kTileRows * depth)]);
+  pack_columns(tokens + begin * D, depth, D, left, right, used, columns.get());
+  for (int64_t first = 0; first < E; first += kPanel) {
+    const int64_t last = std::min(E, first + kPanel);
+    pack_tiles(grad_logits + begin * E, depth, E, first, last, used, panel.get());
+    for (int64_t e = first; e < last; e += kTileRows) {
+      const int64_t rows = std::min(kTileRows, last - e);
+      for (int64_t d = left; d < right; d += kLanes) {
+        typename Vector<A>::Type sums[kTileRows];
+        tile(rows, panel.get() + (e - first) * depth, 1, kTileRows,
+             columns.get() + (d - left) * depth, depth, sums);
+        for (int64_t i = 0; i < rows; ++i) {
+          write<A>(sum + (e + i) * D + d, sums[i], std::min(kLanes, D - d));
+        }
       }
     }
   }
 }
 
 template <typename T, typename A>
-void backward_tokens(const RouterLinearShape& shape, const A* weight, const A* grad_logits,
-                     T* grad_tokens) {
-  std::vector<A> tail;
-  copy_tail(weight, shape.num_experts, shape.d_model, Vector<A>::kLanes, tail);
-  parallel_tasks(ceil_div(shape.num_tokens, kTokensPerTask), [&](int64_t task) {
-    const int64_t begin = task * kTokensPerTask;
-    tokens_block(shape, weight, tail.data(), grad_logits, grad_tokens, begin,
-                 std::min(shape.num_tokens, begin + kTokensPerTask));
-  });
-}
-
-template <typename T, typename A>
 void backward_weight(const RouterLinearShape& shape, const T* tokens, const uint8_t* valid,
                      const A* grad_logits, A* grad_weight) {
+  constexpr int64_t kColumns = kVectorsPerTask * Vector<A>::kLanes;
   const int64_t size = shape.num_experts * shape.d_model;
   const int64_t num_sums = std::max<int64_t>(1, ceil_div(shape.num_tokens, kTokensPerSum));
-  const int64_t num_columns = ceil_div(shape.d_model, kColumnsPerTask);
-  std::vector<T> tail;
-  if (shape.d_model % Vector<A>::kLanes != 0) {
-    copy_tail(tokens, shape.num_tokens, shape.d_model, Vector<A>::kLanes, tail);
-  }
+  const int64_t num_columns = ceil_div(shape.d_model, kColumns);
   std::vector<A> further(static_cast<size_t>((num_sums - 1) * size));
   parallel_tasks(num_sums * num_columns, [&](int64_t task) {
-    const int64_t block = task / num_columns, left = task % num_columns * kColumnsPerTask;
-    weight_block(shape, tokens, tail.data(), valid, grad_logits,
+    const int64_t block = task / num_columns, left = task % num_columns * kColumns;
+    weight_block(shape, tokens, valid, grad_logits,
                  block == 0 ? grad_weight : further.data() + (block - 1) * size,
                  block * kTokensPerSum, std::min(shape.num_tokens, (block + 1) * kTokensPerSum),
-                 left, std::min(shape.d_model, left + kColumnsPerTask));
+                 left, std::min(shape.d_model, left + kColumns));
   });
   for (int64_t block = 0; block + 1 < num_sums; ++block) {
     const A* const more = further.data() + block * size;
@@ -261,18 +274,6 @@ void backward_bias(const RouterLinearShape& shape, const uint8_t* valid, const A
     }
   }
   std::copy(sums.begin(), sums.end(), grad_bias);
-}
-
-/// Calls body(T{}, A{}) with the element types of tokens and of the arithmetic.
-template <typename Body>
-void dispatch_types(DType dtype, DType tokens_dtype, Body body) {
-  if (dtype == DType::kFloat64 && tokens_dtype == DType::kFloat64) return body(double{}, double{});
-  if (dtype == DType::kFloat32 && tokens_dtype == DType::kFloat32) return body(float{}, float{});
-  if (dtype == DType::kFloat32 && tokens_dtype == DType::kBFloat16) {
-    return body(BFloat16{}, float{});
-  }
-  throw ConfigError(ErrorDetail{"router_linear", "tokens_dtype", dtype_name(tokens_dtype),
-                                std::string("does not go with logits in ") + dtype_name(dtype)});
 }
 
 }  // namespace
@@ -304,67 +305,6 @@ void router_linear_backward(const RouterLinearShape& shape, DType dtype, DType t
                       static_cast<A*>(grad_weight));
     }
     if (grad_bias) backward_bias(shape, valid, grad, static_cast<A*>(grad_bias));
-  });
-}
-
-// ---- reference ----
-
-void router_linear_reference(const RouterLinearShape& shape, DType dtype, DType tokens_dtype,
-                             const void* tokens, const void* weight, const void* bias,
-                             void* logits) {
-  dispatch_types(dtype, tokens_dtype, [&](auto t_tag, auto a_tag) {
-    using T = decltype(t_tag);
-    using A = decltype(a_tag);
-    const auto* x = static_cast<const T*>(tokens);
-    const auto* w = static_cast<const A*>(weight);
-    for (int64_t t = 0; t < shape.num_tokens; ++t) {
-      for (int64_t e = 0; e < shape.num_experts; ++e) {
-        double sum = bias ? static_cast<double>(static_cast<const A*>(bias)[e]) : 0.0;
-        for (int64_t d = 0; d < shape.d_model; ++d) {
-          sum += static_cast<double>(load(x + t * shape.d_model + d)) *
-                 static_cast<double>(w[e * shape.d_model + d]);
-        }
-        static_cast<A*>(logits)[t * shape.num_experts + e] = static_cast<A>(sum);
-      }
-    }
-  });
-}
-
-void router_linear_backward_reference(const RouterLinearShape& shape, DType dtype,
-                                      DType tokens_dtype, const void* tokens, const void* weight,
-                                      const uint8_t* valid, const void* grad_logits,
-                                      void* grad_tokens, void* grad_weight, void* grad_bias) {
-  dispatch_types(dtype, tokens_dtype, [&](auto t_tag, auto a_tag) {
-    using T = decltype(t_tag);
-    using A = decltype(a_tag);
-    const int64_t num_tokens = shape.num_tokens, E = shape.num_experts, D = shape.d_model;
-    const auto grad = [&](int64_t t, int64_t e) {
-      return static_cast<double>(static_cast<const A*>(grad_logits)[t * E + e]);
-    };
-    for (int64_t t = 0; grad_tokens && t < num_tokens; ++t) {
-      for (int64_t d = 0; d < D; ++d) {
-        double sum = 0;
-        for (int64_t e = 0; e < E; ++e) {
-          sum += grad(t, e) * static_cast<double>(static_cast<const A*>(weight)[e * D + d]);
-        }
-        store(static_cast<T*>(grad_tokens) + t * D + d, static_cast<A>(sum));
-      }
-    }
-    for (int64_t e = 0; e < E; ++e) {
-      double bias_sum = 0;
-      for (int64_t d = 0; d < (grad_weight ? D : 0); ++d) {
-        double sum = 0;
-        for (int64_t t = 0; t < num_tokens; ++t) {
-          if (valid && !valid[t]) continue;
-          sum += grad(t, e) * static_cast<double>(load(static_cast<const T*>(tokens) + t * D + d));
-        }
-        static_cast<A*>(grad_weight)[e * D + d] = static_cast<A>(sum);
-      }
-      for (int64_t t = 0; t < num_tokens; ++t) {
-        if (!valid || valid[t]) bias_sum += grad(t, e);
-      }
-      if (grad_bias) static_cast<A*>(grad_bias)[e] = static_cast<A>(bias_sum);
-    }
   });
 }
 

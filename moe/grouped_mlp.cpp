@@ -1,7 +1,6 @@
 #include "moe/grouped_mlp.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -10,8 +9,9 @@
 
 #include "gates/gate.h"
 #include "kernels/error.h"
-#include "kernels/permute.h"
 #include "kernels/random.h"
+#include "moe/grouped_rows.h"
+#include "moe/mlp_core.h"
 #include "moe/products.h"
 #include "moe/segments.h"
 #include "moe/tensor_types.h"
@@ -43,220 +43,44 @@ at::Tensor or_missing(const at::Tensor& bias) {
 }
 at::Tensor or_undefined(const at::Tensor& bias) { return bias.dim() == 2 ? bias : at::Tensor(); }
 
-at::Tensor expert_part(const at::Tensor& stacked, int64_t expert) {
-  return stacked.defined() ? stacked.select(0, expert) : at::Tensor();
-}
-
-/// Values by assignment put in sorted order, and back.
-at::Tensor to_sorted(const at::Tensor& values, const LocalPlan& plan) {
-  at::Tensor sorted = at::empty_like(values);
-  kernels::permute(data_of(values), int32_data(plan.order), mutable_data_of(sorted),
-                   plan.num_assignments, values.size(1) * values.element_size());
-  return sorted;
-}
-at::Tensor from_sorted(const at::Tensor& sorted, const LocalPlan& plan) {
-  at::Tensor values = at::empty_like(sorted);
-  kernels::unpermute(data_of(sorted), int32_data(plan.order), mutable_data_of(values),
-                     plan.num_assignments, sorted.size(1) * sorted.element_size());
-  return values;
-}
-
-/// Sums over the assignments of each row, which read and write sorted places: rows of products are
-/// never copied into another order.
-class RowSums {
- public:
-  RowSums(const LocalPlan& plan, kernels::DType dtype)
-      : plan_(plan), place_of_(plan.place_of_assignment()), dtype_(dtype) {}
-
-  /// @param sorted   [R, width] @param weights [R, G] by assignment; undefined: 1
-  at::Tensor reduced(const at::Tensor& sorted, const at::Tensor& weights = {}) const {
-    const int64_t num_gates = weights.defined() ? weights.size(1) : 1;
-    const int64_t width = sorted.size(1);
-    at::Tensor out = at::empty({plan_.num_rows, num_gates * width}, sorted.options());
-    if (plan_.num_assignments == 0) return out.zero_();
-    kernels::combine(data_of(sorted), index(), data_of(weights), num_gates, mutable_data_of(out),
-                     plan_.num_rows, width, dtype_);
-    return out;
-  }
-
-  /// Gradient of the weighted sum by sorted place: sum over gates of weights[a, g] * grad_out[n,
-  /// g].
-  at::Tensor expanded(const at::Tensor& grad_out, const at::Tensor& weights, int64_t width) const {
-    at::Tensor sorted = at::empty({plan_.num_assignments, width}, grad_out.options());
-    if (plan_.num_assignments == 0) return sorted;
-    kernels::combine_backward(data_of(grad_out), nullptr, index(), data_of(weights),
-                              weights.size(1), mutable_data_of(sorted), nullptr, plan_.num_rows,
-                              width, dtype_);
-    return sorted;
-  }
-
-  /// Gradient of the weights: <grad_out[n, g], y[a]>.
-  at::Tensor weight_gradient(const at::Tensor& grad_out, const at::Tensor& sorted,
-                             const at::Tensor& weights) const {
-    at::Tensor out = at::empty_like(weights);
-    if (plan_.num_assignments == 0) return out;
-    kernels::combine_backward(data_of(grad_out), data_of(sorted), index(), data_of(weights),
-                              weights.size(1), nullptr, mutable_data_of(out), plan_.num_rows,
-                              sorted.size(1), dtype_);
-    return out;
-  }
-
- private:
-  kernels::CombineIndex index() const {
-    return {int32_data(plan_.row_offsets), plan_.fixed, int32_data(place_of_)};
-  }
-  const LocalPlan& plan_;
-  at::Tensor place_of_;
-  kernels::DType dtype_;
-};
-
-StackedGradient wanted_gradient(bool wanted, const at::Tensor& parameter,
-                                const std::vector<Segment>& segments) {
-  return wanted && parameter.defined() ? StackedGradient(parameter, segments) : StackedGradient();
-}
-
-/// The two-layer experts. With one gate the routing weight is applied to the activation, so its
-/// gradient needs no expert output; with several the outputs are formed once more in the backward.
+/// Autograd of mlp_forward and mlp_backward.
 struct MlpFunction : torch::autograd::Function<MlpFunction> {
   enum Input { kRows, kWeights, kUp, kUpBias, kDown, kDownBias };
 
   static Variable forward(AutogradContext* ctx, const Variable& rows_in, const Variable& weights_in,
-                          const Variable& up, const Variable& up_bias_in, const Variable& down,
-                          const Variable& down_bias_in, kernels::Activation activation, bool gated,
-                          const PlanPtr& plan) {
+                          const Variable& up, const Variable& up_bias, const Variable& down,
+                          const Variable& down_bias, MlpKind kind, const PlanPtr& plan) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const at::Tensor up_bias = or_undefined(up_bias_in), down_bias = or_undefined(down_bias_in);
     const at::Tensor rows = rows_in.contiguous();
     const at::Tensor weights = weights_in.contiguous();
-    const LocalPlan& local = plan->local;
-    const kernels::DType dtype = dtype_of(rows, "grouped_mlp");
-    const int64_t d_ff = down.size(2);
-    const at::Tensor row_of = local.row_of_sorted();
-    const bool weight_inside = weights.size(1) == 1;
-    const at::Tensor sorted = weight_inside ? to_sorted(weights, local) : at::Tensor();
-    at::Tensor pre = at::empty({local.num_assignments, up.size(1)}, rows.options());
-    at::Tensor out = at::empty({local.num_assignments, down.size(1)}, rows.options());
-
-    for_each_segment(make_segments(local), [&](const Segment& segment, Scratch& scratch) {
-      const int64_t n = segment.num_rows();
-      const SegmentRows x(rows, row_of, segment, scratch, 0);
-      const at::Tensor pre_rows = pre.narrow(0, segment.begin, n);
-      multiply(pre_rows, x, up.select(0, segment.expert).t(), expert_part(up_bias, segment.expert),
-               scratch);
-      const at::Tensor scale = weight_inside ? sorted.narrow(0, segment.begin, n) : at::Tensor();
-      at::Tensor act = scratch.rows(1, n, d_ff, rows.options());
-      kernels::activation_forward({n, d_ff, activation, gated}, dtype, data_of(pre_rows),
-                                  data_of(scale), mutable_data_of(act));
-      const at::Tensor y = out.narrow(0, segment.begin, n);
-      multiply(y, SegmentRows(act), down.select(0, segment.expert).t(),
-               weight_inside ? at::Tensor() : expert_part(down_bias, segment.expert), scratch);
-      if (weight_inside && down_bias.defined()) {
-        y.addmm_(scale.to(y.scalar_type()), down_bias.narrow(0, segment.expert, 1));
-      }
-    });
-
-    ctx->save_for_backward({rows, weights, up, up_bias_in, down, down_bias_in, pre});
-    ctx->saved_data["activation"] = static_cast<int64_t>(activation);
-    ctx->saved_data["gated"] = gated;
+    const MlpOutput output =
+        mlp_forward(rows, weights, {up, or_undefined(up_bias), down, or_undefined(down_bias)}, kind,
+                    plan->local);
+    ctx->save_for_backward({rows, weights, up, up_bias, down, down_bias, output.pre});
+    ctx->saved_data["activation"] = static_cast<int64_t>(kind.activation);
+    ctx->saved_data["gated"] = kind.gated;
     keep(ctx, plan);
-    return RowSums(local, dtype).reduced(out, weight_inside ? at::Tensor() : weights);
+    return output.out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     at::AutoDispatchBelowADInplaceOrView below;
     const variable_list saved = ctx->get_saved_variables();
-    const at::Tensor &rows = saved[kRows], &weights = saved[kWeights], &up = saved[kUp],
-                     &down = saved[kDown], &pre = saved[kDownBias + 1];
-    const at::Tensor up_bias = or_undefined(saved[kUpBias]);
-    const at::Tensor down_bias = or_undefined(saved[kDownBias]);
-    const auto activation = static_cast<kernels::Activation>(ctx->saved_data["activation"].toInt());
-    const bool gated = ctx->saved_data["gated"].toBool();
-    const PlanPtr plan = kept(ctx);
-    const LocalPlan& local = plan->local;
-    const kernels::DType dtype = dtype_of(rows, "grouped_mlp");
-    const int64_t d_ff = down.size(2), d_out = down.size(1);
-    const bool weight_inside = weights.size(1) == 1;
-    const bool wants_rows = ctx->needs_input_grad(kRows);
-    const bool wants_weights = ctx->needs_input_grad(kWeights);
-
-    const at::Tensor grad_out = grads[0].contiguous();
-    const at::Tensor row_of = local.row_of_sorted();
-    const at::Tensor sorted = weight_inside ? to_sorted(weights, local) : at::Tensor();
-    const RowSums sums(local, dtype);
-    const at::Tensor grad_y =
-        weight_inside ? at::Tensor() : sums.expanded(grad_out, weights, d_out);
-    at::Tensor grad_sorted = weight_inside && wants_weights ? at::empty_like(sorted) : at::Tensor();
-    at::Tensor y_all = !weight_inside && wants_weights
-                           ? at::empty({local.num_assignments, d_out}, rows.options())
-                           : at::Tensor();
-    at::Tensor grad_x = wants_rows
-                            ? at::empty({local.num_assignments, rows.size(1)}, rows.options())
-                            : at::Tensor();
-
-    const std::vector<Segment> segments = make_segments(local);
-    StackedGradient grad_up = wanted_gradient(ctx->needs_input_grad(kUp), up, segments);
-    StackedGradient grad_up_bias =
-        wanted_gradient(ctx->needs_input_grad(kUpBias), up_bias, segments);
-    StackedGradient grad_down = wanted_gradient(ctx->needs_input_grad(kDown), down, segments);
-    StackedGradient grad_down_bias =
-        wanted_gradient(ctx->needs_input_grad(kDownBias), down_bias, segments);
-
-    for_each_segment(segments, [&](const Segment& segment, Scratch& scratch) {
-      const int64_t n = segment.num_rows(), e = segment.expert;
-      const at::Tensor pre_rows = pre.narrow(0, segment.begin, n);
-      const SegmentRows g = weight_inside ? SegmentRows(grad_out, row_of, segment, scratch, 0)
-                                          : SegmentRows(grad_y.narrow(0, segment.begin, n));
-      const at::Tensor scale = weight_inside ? sorted.narrow(0, segment.begin, n) : at::Tensor();
-      at::Tensor grad_act = scratch.rows(1, n, d_ff, rows.options());
-      multiply(grad_act, g, down.select(0, e), {}, scratch);
-      at::Tensor grad_pre = scratch.rows(2, n, up.size(1), rows.options());
-      at::Tensor grad_scale =
-          grad_sorted.defined() ? grad_sorted.narrow(0, segment.begin, n) : at::Tensor();
-      kernels::activation_backward({n, d_ff, activation, gated}, dtype, data_of(pre_rows),
-                                   data_of(scale), data_of(grad_act), mutable_data_of(grad_pre),
-                                   mutable_data_of(grad_act), mutable_data_of(grad_scale));
-      const at::Tensor& act = grad_act;  // now weights * act(pre)
-      if (grad_down.wanted()) {
-        multiply_transposed(grad_down.part(segment), g, SegmentRows(act), scratch);
-      }
-      if (weight_inside && down_bias.defined()) {
-        if (grad_scale.defined()) {
-          grad_scale.add_(at::mv(g.gathered(), down_bias.select(0, e)).unsqueeze(1));
-        }
-        if (grad_down_bias.wanted()) {
-          grad_down_bias.part(segment).copy_(
-              at::mv(g.gathered().t(), scale.select(1, 0).to(grad_out.scalar_type())));
-        }
-      } else if (grad_down_bias.wanted()) {
-        grad_down_bias.part(segment).copy_(g.gathered().sum(0));
-      }
-      if (y_all.defined()) {
-        multiply(y_all.narrow(0, segment.begin, n), SegmentRows(act), down.select(0, e).t(),
-                 expert_part(down_bias, e), scratch);
-      }
-      if (grad_up.wanted()) {
-        multiply_transposed(grad_up.part(segment), SegmentRows(grad_pre),
-                            SegmentRows(rows, row_of, segment, scratch, 3), scratch);
-      }
-      if (grad_up_bias.wanted()) grad_up_bias.part(segment).copy_(grad_pre.sum(0));
-      if (wants_rows) {
-        multiply(grad_x.narrow(0, segment.begin, n), SegmentRows(grad_pre), up.select(0, e), {},
-                 scratch);
-      }
-    });
-
-    at::Tensor grad_weights;
-    if (grad_sorted.defined()) grad_weights = from_sorted(grad_sorted, local);
-    if (y_all.defined()) grad_weights = sums.weight_gradient(grad_out, y_all, weights);
-    return {wants_rows ? sums.reduced(grad_x) : at::Tensor(),
-            grad_weights,
-            grad_up.finish(),
-            grad_up_bias.finish(),
-            grad_down.finish(),
-            grad_down_bias.finish(),
-            {},
-            {},
-            {}};
+    const MlpKind kind{static_cast<kernels::Activation>(ctx->saved_data["activation"].toInt()),
+                       ctx->saved_data["gated"].toBool()};
+    MlpWanted wanted;
+    wanted.rows = ctx->needs_input_grad(kRows);
+    wanted.weights = ctx->needs_input_grad(kWeights);
+    wanted.up = ctx->needs_input_grad(kUp);
+    wanted.up_bias = ctx->needs_input_grad(kUpBias);
+    wanted.down = ctx->needs_input_grad(kDown);
+    wanted.down_bias = ctx->needs_input_grad(kDownBias);
+    const MlpGradients gradients = mlp_backward(
+        grads[0].contiguous(), saved[kRows], saved[kWeights],
+        {saved[kUp], or_undefined(saved[kUpBias]), saved[kDown], or_undefined(saved[kDownBias])},
+        saved[kDownBias + 1], kind, kept(ctx)->local, wanted);
+    return {gradients.rows, gradients.weights,   gradients.up, gradients.up_bias,
+            gradients.down, gradients.down_bias, {},           {}};
   }
 };
 
@@ -410,7 +234,8 @@ at::Tensor GroupedMLP::forward(const at::Tensor& rows, const at::Tensor& weights
     gates::require_shape(down_bias, {L, d_out()}, "grouped_mlp", "down_bias");
   }
   return MlpFunction::apply(rows, weights, up_proj, or_missing(up_bias), down_proj,
-                            or_missing(down_bias), options_.activation(), options_.gated(), plan);
+                            or_missing(down_bias), MlpKind{options_.activation(), options_.gated()},
+                            plan);
 }
 
 GroupedLinear::GroupedLinear(const GroupedLinearOptions& options, const ExpertPlacement& placement,

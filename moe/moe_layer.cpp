@@ -318,8 +318,10 @@ MoEOutput MoELayer::finish(const MoEInput& input, const at::Tensor& combined,
     out.outputs.push_back(shared_output.defined() ? mine + shared_output : mine);
     const at::Tensor& residual = decision.residual_weights[g];
     if (residual.defined()) {
-      out.outputs.back() =
-          out.outputs.back() + residual.unsqueeze(1).to(input.tokens.scalar_type()) * input.tokens;
+      at::Tensor passed = residual.unsqueeze(1).to(input.tokens.scalar_type()) * input.tokens;
+      // Tokens that are not valid may hold anything, and 0 * NaN is not 0.
+      if (input.valid) passed = passed.masked_fill(input.valid->logical_not().unsqueeze(1), 0);
+      out.outputs.back() = out.outputs.back() + passed;
     }
   }
   out.losses = std::move(decision.losses);

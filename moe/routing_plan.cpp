@@ -1,6 +1,5 @@
 #include "moe/routing_plan.h"
 
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
@@ -162,33 +161,6 @@ void plan_local(const Received& received, int64_t num_local_experts, LocalPlan& 
 
 }  // namespace
 
-at::Tensor LocalPlan::place_of_assignment() const {
-  at::Tensor places = empty_int32(num_assignments);
-  int32_t* out = places.mutable_data_ptr<int32_t>();
-  const int32_t* sorted = int32_data(order);
-  for (int64_t r = 0; r < num_assignments; ++r) out[sorted[r]] = static_cast<int32_t>(r);
-  return places;
-}
-
-at::Tensor LocalPlan::row_of_sorted() const {
-  at::Tensor rows = empty_int32(num_assignments);
-  int32_t* out = rows.mutable_data_ptr<int32_t>();
-  const int32_t* sorted = int32_data(order);
-  if (!row_offsets.defined()) {
-    const int32_t per_row = static_cast<int32_t>(fixed);
-    for (int64_t r = 0; r < num_assignments; ++r) out[r] = sorted[r] / per_row;
-    return rows;
-  }
-  std::vector<int32_t> row_of(static_cast<size_t>(num_assignments));
-  const int32_t* offsets = int32_data(row_offsets);
-  for (int64_t n = 0; n < num_rows; ++n) {
-    std::fill(row_of.begin() + offsets[n], row_of.begin() + offsets[n + 1],
-              static_cast<int32_t>(n));
-  }
-  for (int64_t r = 0; r < num_assignments; ++r) out[r] = row_of[static_cast<size_t>(sorted[r])];
-  return rows;
-}
-
 kernels::CombineIndex RoutingPlan::by_token() const {
   if (!token_rows.defined()) return {nullptr, 1, nullptr};
   return {int32_data(token_row_offsets), 0, int32_data(token_rows)};
@@ -238,18 +210,6 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
   const int64_t num_local = placement.num_local_experts(group.rank());
   plan_local(read_received(received, *plan, num_local), num_local, plan->local);
   return plan;
-}
-
-LocalPlan make_dense_plan(int64_t num_tokens) {
-  require(num_tokens >= 0 && num_tokens <= std::numeric_limits<int32_t>::max(), "make_dense_plan",
-          "num_tokens", num_tokens, "is outside [0, 2147483647]");
-  LocalPlan local;
-  local.num_rows = num_tokens;
-  local.num_assignments = num_tokens;
-  local.fixed = 1;
-  local.order = at::arange(num_tokens, at::kInt);
-  local.expert_offsets = {0, num_tokens};
-  return local;
 }
 
 }  // namespace perseid

@@ -65,6 +65,10 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
                                                      const comm::Group& group,
                                                      const PlanOptions& options = {});
 
+/// The plan of one process that holds all experts: row t is token t. Makes no copy of the offsets.
+/// @param routing  contiguous, ids in [0, num_experts); not checked here, see gates::validate
+LocalPlan make_local_plan(const gates::Routing& routing, int64_t num_experts);
+
 /// The plan in which every one of T rows goes to the one expert of this rank: shared experts.
 LocalPlan make_dense_plan(int64_t num_tokens);
 

@@ -2,6 +2,7 @@
 # Builds everything and runs every test. Installs what is missing first.
 #   bash tests/run.sh                style checks, build, all tests
 #   bash tests/run.sh -R gates       only tests whose name matches; further arguments go to ctest
+#   bash tests/run.sh --python       also the tests in Python; installs what torch needs there
 #   bash tests/run.sh --asan         tests of kernels, comm and plans under Address- and UBSanitizer
 #   bash tests/run.sh --tsan         tests of kernels and comm under ThreadSanitizer
 set -euo pipefail
@@ -9,13 +10,16 @@ cd "$(dirname "$0")/.."
 . cmake/setup.sh
 
 preset=cpu
+python=0
 case ${1:-} in
+  --python) python=1 && shift ;;
   --asan | --tsan) preset=${1#--} && shift ;;
-  -h | --help) sed -n '2,6s/^# //p' "$0" && exit ;;
+  -h | --help) sed -n '2,7s/^# //p' "$0" && exit ;;
 esac
 build=build/$preset
 
 perseid_setup libgtest-dev clang-format
+[ $python = 0 ] || perseid_setup_python
 style=0
 if [ "$preset" = cpu ]; then
   perseid_say "style: include directions and formatting"

@@ -169,15 +169,11 @@ Result measure(const LayerCase& shape, const LayerBenchOptions& options) {
   return result;
 }
 
-const char* dtype_name(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? "bfloat16" : "float32";
-}
-
 std::string case_name(const LayerCase& shape) {
   const auto number = [](int64_t value) { return static_cast<long long>(value); };
   return format_text("(%lld, %lld, %lld, %lld, %lld) %s %s", number(shape.num_tokens),
                      number(shape.d_model), number(shape.d_ff), number(shape.num_experts),
-                     number(shape.top_k), dtype_name(shape.dtype), name_of(shape.routing));
+                     number(shape.top_k), name_of(shape.dtype), name_of(shape.routing));
 }
 
 void print(const Result& result, std::ostream& out) {
@@ -202,7 +198,7 @@ void write(const Result& result, const LayerBenchOptions& options, examples::Jso
                 {"name", result.names[i]},
                 {"shape", std::vector<int64_t>{shape.num_tokens, shape.d_model, shape.d_ff,
                                                shape.num_experts, shape.top_k}},
-                {"dtype", std::string(dtype_name(shape.dtype))},
+                {"dtype", std::string(name_of(shape.dtype))},
                 {"routing", std::string(name_of(shape.routing))},
                 {"load_max_over_mean", result.max_over_mean},
                 {"threads", int64_t{options.threads}},

@@ -92,6 +92,10 @@ const char* name_of(Distribution distribution) {
   return "unknown";
 }
 
+const char* name_of(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? "bfloat16" : "float32";
+}
+
 LayerProblem make_problem(const LayerCase& shape, uint64_t seed, uint64_t draw) {
   const int64_t T = shape.num_tokens, D = shape.d_model, E = shape.num_experts, K = shape.top_k;
   const kernels::RandomKey key = kernels::random_key(seed).with(draw);

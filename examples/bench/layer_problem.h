@@ -13,6 +13,7 @@ enum class Distribution : uint8_t {
   kZipf       ///< expert e with probability ~ 1 / (e+1), without replacement per token
 };
 const char* name_of(Distribution distribution);
+const char* name_of(at::ScalarType dtype);  ///< float32 or bfloat16
 
 /// One case: sizes as in design.md (T, D, F, E, K), gated experts.
 struct LayerCase {

@@ -10,7 +10,9 @@ namespace perseid::examples {
 /// One member of a JSON object. Numbers are written so that reading gives the same bits.
 struct JsonField {
   std::string name;
-  std::variant<std::string, int64_t, double, std::vector<double>, std::vector<int64_t>> value;
+  std::variant<std::string, int64_t, double, std::vector<double>, std::vector<int64_t>,
+               std::vector<std::string>>
+      value;
 };
 using JsonObject = std::vector<JsonField>;
 

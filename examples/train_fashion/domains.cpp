@@ -4,6 +4,7 @@
 #include <numeric>
 #include <utility>
 
+#include "kernels/error.h"
 #include "kernels/random.h"
 
 namespace perseid::examples {
@@ -32,6 +33,15 @@ DomainImages transform_all(const LabelledImages& images, std::span<const int32_t
     result.keys[i] = std::accumulate(out.begin(), out.end(), int64_t{0}) * 1000 / 255;
   }
   return result;
+}
+
+DomainImages cut_images(const DomainImages& images, int64_t begin, int64_t end) {
+  const auto cut = [&](const auto& values, int64_t width) {
+    return std::decay_t<decltype(values)>(values.begin() + begin * width,
+                                          values.begin() + end * width);
+  };
+  return DomainImages{cut(images.pixels, kImagePixels), cut(images.labels, 1),
+                      cut(images.domains, 1), cut(images.keys, 1)};
 }
 
 }  // namespace
@@ -79,6 +89,14 @@ DomainData make_domains(const FashionMnist& images, uint64_t data_seed) {
   const kernels::RandomKey key = kernels::random_key(data_seed);
   return DomainData{transform_all(images.train, permutation, key.with(kStreamTrain)),
                     transform_all(images.test, permutation, key.with(kStreamTest))};
+}
+
+DomainData validation_split(const DomainData& data, int64_t count) {
+  const int64_t num_images = data.train.size();
+  require(count > 0 && count < num_images, "train_fashion", "validation_images", count,
+          "must leave images to train on; choose 1 to " + std::to_string(num_images - 1));
+  return DomainData{cut_images(data.train, 0, num_images - count),
+                    cut_images(data.train, num_images - count, num_images)};
 }
 
 }  // namespace perseid::examples

@@ -1,4 +1,5 @@
 #pragma once
+#include <array>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -11,6 +12,8 @@
 namespace perseid::examples {
 
 inline constexpr int64_t kNumDomains = 4;
+inline constexpr std::array<const char*, 4> kDomainNames = {"plain", "inverted", "rotated",
+                                                            "permuted"};
 
 /// Transformed images, in the order of the data set.
 struct DomainImages {
@@ -42,5 +45,9 @@ std::vector<int32_t> pixel_permutation(uint64_t data_seed);
 
 /// Gives each image its domain, drawn uniformly from (data_seed, its number), once for all runs.
 DomainData make_domains(const FashionMnist& images, uint64_t data_seed);
+
+/// For choosing settings: the last `count` training images take the place of the test images, and
+/// are trained on no more. Throws ConfigError unless 0 < count < number of training images.
+DomainData validation_split(const DomainData& data, int64_t count);
 
 }  // namespace perseid::examples

@@ -8,6 +8,7 @@
 
 #include "comm/collectives.h"
 #include "gates/baseline_gates.h"
+#include "gates/comet_gate.h"
 #include "gates/hash_gate.h"
 #include "gates/top_k_gate.h"
 #include "moe/grouped_mlp.h"
@@ -15,31 +16,61 @@
 namespace perseid::examples {
 namespace {
 
-gates::TopKGateOptions router_options(const TrainOptions& options) {
-  return gates::TopKGateOptions(kImagePixels, options.num_experts)
+gates::InputNorm input_norm(const TrainOptions& options) {
+  return options.input_norm ? gates::InputNorm::kLayerNorm : gates::InputNorm::kNone;
+}
+
+gates::TopKGateOptions router_options(const TrainOptions& options, int64_t d_model,
+                                      int64_t gate_id) {
+  return gates::TopKGateOptions(d_model, options.num_experts)
       .top_k(options.top_k)
       .aux_loss_coeff(options.aux_loss_coeff)
       .z_loss_coeff(options.z_loss_coeff)
-      .input_norm(gates::InputNorm::kLayerNorm)
+      .balance_coeff(options.balance_coeff)
+      .input_norm(input_norm(options))
       .bias(true)
-      .seed(options.seed);
+      .seed(options.seed)
+      .gate_id(gate_id);
 }
 
-std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options) {
+/// Options of the gates of smooth-step switches.
+template <typename GateOptions>
+GateOptions switch_options(const TrainOptions& options, int64_t d_model, int64_t gate_id) {
+  return GateOptions(d_model, options.num_experts)
+      .top_k(options.top_k)
+      .gamma(options.gamma)
+      .entropy_coeff(options.entropy_coeff)
+      .entropy_schedule({options.entropy_ramp})
+      .balance_coeff(options.balance_coeff)
+      .input_norm(input_norm(options))
+      .hard_eval(options.hard_eval)
+      .seed(options.seed)
+      .gate_id(gate_id);
+}
+
+}  // namespace
+
+std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options, int64_t d_model,
+                                       int64_t gate_id) {
   switch (options.gate) {
     case GateKind::kSingle:
       return std::make_shared<gates::SingleGate>(options.num_experts);
     case GateKind::kHash:
+    case GateKind::kOracle:
       return std::make_shared<gates::HashGate>(
           gates::HashGateOptions(options.num_experts)
               .mode(gates::HashMode::kTable)
               .table(at::arange(options.num_experts, at::kLong)));
     case GateKind::kDense:
-      return std::make_shared<gates::DenseGate>(router_options(options).aux_loss_coeff(0));
+      return std::make_shared<gates::DenseGate>(
+          router_options(options, d_model, gate_id).aux_loss_coeff(0));
+    case GateKind::kComet:
+      return std::make_shared<gates::CometGate>(
+          switch_options<gates::CometGateOptions>(options, d_model, gate_id));
     case GateKind::kTopK:
       break;
   }
-  return std::make_shared<gates::TopKGate>(router_options(options));
+  return std::make_shared<gates::TopKGate>(router_options(options, d_model, gate_id));
 }
 
 void convert_parameters(const torch::nn::Module& module, at::ScalarType dtype) {
@@ -51,8 +82,6 @@ WeightDump dump_of(const std::string& name, const at::Tensor& tensor) {
   const double* first = values.const_data_ptr<double>();
   return WeightDump{name, values.sizes().vec(), std::vector<double>(first, first + values.numel())};
 }
-
-}  // namespace
 
 at::ScalarType tensor_type(kernels::DType dtype) {
   switch (dtype) {
@@ -69,7 +98,7 @@ std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOption
   const ParallelGroups groups = make_parallel_groups(world, options.ep_size);
   const auto placement =
       ExpertPlacement::contiguous(options.num_experts, groups.expert_parallel.size());
-  auto gate = make_gate(options);
+  auto gate = make_gate(options, kImagePixels);
   auto experts = std::make_shared<GroupedLinear>(
       GroupedLinearOptions(kImagePixels, kNumClasses).init_bound(.03).seed(options.seed), placement,
       groups.expert_parallel.rank());
@@ -88,7 +117,9 @@ std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOption
 MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys,
                      const TrainOptions& options) {
   MoEInput input(pixels.to(tensor_type(options.dtype)).div_(255));
-  if (options.gate == GateKind::kHash) input.keys = keys.remainder(options.num_experts);
+  if (options.gate == GateKind::kHash || options.gate == GateKind::kOracle) {
+    input.keys = keys.remainder(options.num_experts);
+  }
   return input;
 }
 

@@ -2,6 +2,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "examples/train_fashion/train.h"
@@ -11,13 +12,23 @@ namespace perseid::examples {
 
 at::ScalarType tensor_type(kernels::DType dtype);
 
+void convert_parameters(const torch::nn::Module& module, at::ScalarType dtype);
+
+/// All values of a tensor in double.
+WeightDump dump_of(const std::string& name, const at::Tensor& tensor);
+
+/// The gate of the options for tokens [T, d_model].
+/// @param gate_id  number of the gate in its layer, a key of initial values
+std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options, int64_t d_model,
+                                       int64_t gate_id = 0);
+
 /// Eight (num_experts) linear maps 784 -> 10 behind the gate of the options. The output of the
 /// layer is the mix of the experts' logits. Collective over `world`.
 std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOptions& options);
 
 /// What the layer reads for a batch of raw images.
 /// @param pixels  [n, 784] uint8
-/// @param keys    [n] int64
+/// @param keys    [n] int64, of the hash and oracle gates: the expert is the key mod E
 MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys, const TrainOptions& options);
 
 /// All parameters in global expert order. Collective: experts are collected from their ranks.

@@ -19,9 +19,25 @@ const std::map<std::string, kernels::DType> kDTypes = {{"float32", kernels::DTyp
 const std::map<std::string, std::vector<GateKind>> kGates = {
     {"single", {GateKind::kSingle}},
     {"hash", {GateKind::kHash}},
+    {"oracle", {GateKind::kOracle}},
     {"topk", {GateKind::kTopK}},
+    {"comet", {GateKind::kComet}},
     {"dense", {GateKind::kDense}},
-    {"all", {GateKind::kSingle, GateKind::kHash, GateKind::kTopK, GateKind::kDense}}};
+    {"all",
+     {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kComet,
+      GateKind::kDense}}};
+/// Those of task multi: its images have no domain, and a key has no meaning.
+const std::map<std::string, std::vector<GateKind>> kMultiGates = {
+    {"single", {GateKind::kSingle}},
+    {"topk", {GateKind::kTopK}},
+    {"comet", {GateKind::kComet}},
+    {"dense", {GateKind::kDense}},
+    {"all", {GateKind::kSingle, GateKind::kTopK, GateKind::kComet, GateKind::kDense}}};
+const std::map<std::string, Task> kTasks = {{"domains", Task::kDomains}, {"multi", Task::kMulti}};
+const std::map<std::string, Protocol> kProtocols = {{"small", Protocol::kSmall},
+                                                    {"published", Protocol::kPublished}};
+const std::map<std::string, ExpertKind> kExperts = {{"mlp", ExpertKind::kMlp},
+                                                    {"conv", ExpertKind::kConv}};
 
 template <typename T>
 std::vector<std::string> keys_of(const std::map<std::string, T>& table) {
@@ -62,21 +78,82 @@ CLI::Validator one_of(const std::vector<std::string>& words) {
 
 constexpr int64_t kMany = 1'000'000'000;
 
-void add_model_flags(CLI::App& app, TrainOptions& train, std::string& gate, std::string& dtype,
-                     std::string& task) {
-  app.add_option("--task", task, "what to learn: each image shown through one of 4 transforms")
-      ->check(one_of({"domains"}))
+/// Values that are words, until they are looked up.
+struct Words {
+  std::string task = "domains";
+  std::string protocol = "small";
+  std::string experts;
+  std::string gate = "topk";
+  std::string input_norm;
+  std::string dtype = "float32";
+};
+
+template <typename T>
+std::string key_of(const std::map<std::string, T>& table, T value) {
+  return std::find_if(table.begin(), table.end(),
+                      [value](const auto& entry) { return entry.second == value; })
+      ->first;
+}
+
+void add_task_flags(CLI::App& app, Words& words) {
+  app.add_option("--task", words.task,
+                 "domains: the class of an image shown through one of 4 transforms; multi: the "
+                 "classes of two images on one canvas, a gate for each; defaults of other flags "
+                 "depend on it")
+      ->check(one_of(keys_of(kTasks)))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--gate", gate, "the gate; all runs each in turn and compares them")
-      ->check(one_of({"single", "hash", "topk", "dense", "all"}))
+  app.add_option("--protocol", words.protocol,
+                 "of task multi: 30,000 samples and 8 epochs, or 100,000 and 200; defaults of "
+                 "other flags depend on it")
+      ->check(one_of(keys_of(kProtocols)))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--num-experts", train.num_experts, "linear experts, over all ranks")
+}
+
+/// Sets what task and protocol have as defaults, so that help shows them. What is wrong with the
+/// command line is said by the parser that reads all of it.
+void set_defaults(int argc, const char* const* argv, ProgramOptions& options, Words& words) {
+  CLI::App app;
+  app.allow_extras();
+  app.set_help_flag();
+  add_task_flags(app, words);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError&) {
+    return;
+  }
+  options.task = kTasks.at(words.task);
+  options.protocol = kProtocols.at(words.protocol);
+  if (options.task == Task::kDomains) return;
+  const MultiOptions defaults = multi_defaults(options.protocol);
+  options.train = defaults.train;
+  options.experts = defaults.experts;
+}
+
+std::vector<std::string> gate_words(Task task) {
+  if (task == Task::kMulti) return {"single", "topk", "comet", "dense", "all"};
+  return {"single", "hash", "oracle", "topk", "comet", "dense", "all"};
+}
+
+void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
+  TrainOptions& train = options.train;
+  add_task_flags(app, words);
+  words.experts = key_of(kExperts, options.experts);
+  app.add_option("--experts", words.experts, "experts of task multi")
+      ->check(one_of(keys_of(kExperts)))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--gate", words.gate, "the gate; all runs each in turn and compares them")
+      ->check(one_of(gate_words(options.task)))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--num-experts", train.num_experts, "experts, over all ranks")
       ->check(in_range<int64_t>(1, 4096))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--moe-router-topk,--top-k", train.top_k, "experts per image of the topk gate")
+  app.add_option("--moe-router-topk,--top-k", train.top_k,
+                 "experts per image of the topk gate, trees of the comet gate")
       ->check(in_range<int64_t>(1, 4096))
       ->capture_default_str()
       ->group("Model");
@@ -91,13 +168,42 @@ void add_model_flags(CLI::App& app, TrainOptions& train, std::string& gate, std:
       ->check(in_range<double>(0, 1e6))
       ->capture_default_str()
       ->group("Model");
+  app.add_option("--balance-coeff", train.balance_coeff,
+                 "coefficient of the negative entropy of the mean weights, which keeps experts "
+                 "from dying out")
+      ->check(in_range<double>(0, 1e6))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--gamma", train.gamma, "width of the switches of the comet gate")
+      ->check(in_range<double>(1e-6, 1e6))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--entropy-coeff", train.entropy_coeff,
+                 "coefficient of the entropy of the trees, which makes them choose one leaf")
+      ->check(in_range<double>(0, 1e6))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--entropy-ramp", train.entropy_ramp,
+                 "share of the run over which --entropy-coeff grows linearly from 0")
+      ->check(in_range<double>(0, 1))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_flag("--hard-eval", train.hard_eval, "in the test each tree takes its largest leaf alone")
+      ->group("Model");
   app.add_option("--moe-expert-capacity-factor,--capacity-factor", train.capacity_factor,
                  "room of an expert as a multiple of its fair share of the images of a rank; 0 "
                  "drops nothing")
       ->check(in_range<double>(0, 1e6))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--dtype", dtype, "type of experts and images; gates use float32 for bfloat16")
+  words.input_norm = train.input_norm ? "layer_norm" : "none";
+  app.add_option("--input-norm", words.input_norm,
+                 "what the gate reads: the pixels, or their layer norm / sqrt(pixels)")
+      ->check(one_of({"none", "layer_norm"}))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_option("--dtype", words.dtype,
+                 "type of experts and images; gates use float32 for bfloat16")
       ->check(one_of(keys_of(kDTypes)))
       ->capture_default_str()
       ->group("Model");
@@ -107,6 +213,20 @@ void add_training_flags(CLI::App& app, ProgramOptions& options) {
   TrainOptions& train = options.train;
   app.add_option("--lr", train.lr, "learning rate of Adam")
       ->check(in_range<double>(1e-12, 1e3))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--adam-eps", train.adam_eps, "epsilon of Adam")
+      ->check(in_range<double>(1e-30, 1))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--gate-lr-factor", train.gate_lr_factor,
+                 "learning rate of the gate as a multiple of --lr")
+      ->check(in_range<double>(1e-6, 1e6))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option("--lr-decay", train.lr_decay,
+                 "share of the run, at its end, over which learning rates fall linearly to 0")
+      ->check(in_range<double>(0, 1))
       ->capture_default_str()
       ->group("Training");
   app.add_option("--global-batch-size", train.global_batch_size, "images of a step, over all ranks")
@@ -126,8 +246,16 @@ void add_training_flags(CLI::App& app, ProgramOptions& options) {
       ->check(in_range<int64_t>(0, INT64_MAX))
       ->capture_default_str()
       ->group("Training");
-  app.add_option("--data-seed", options.data_seed, "seed of the domains and the pixel permutation")
+  app.add_option("--data-seed", options.data_seed,
+                 "seed of domains and pixel permutation, of splits and pairs")
       ->check(in_range<int64_t>(0, INT64_MAX))
+      ->capture_default_str()
+      ->group("Training");
+  app.add_option(
+         "--validation-images", options.validation_images,
+         "of task domains, for choosing settings: test on the last N training images, train on "
+         "the others")
+      ->check(in_range<int64_t>(0, kMany))
       ->capture_default_str()
       ->group("Training");
   app.add_option("--data", options.data,
@@ -181,31 +309,49 @@ void add_output_flags(CLI::App& app, ProgramOptions& options) {
       ->group("Output");
 }
 
+/// Words to values, and flags of the other task refused.
+void look_up(const Words& words, const CLI::App& app, ProgramOptions& options) {
+  const bool multi = options.task == Task::kMulti;
+  const auto refuse = [&app](const char* flag, const char* task) {
+    if (app.count(flag) > 0) throw CLI::ValidationError(flag, std::string("needs --task ") + task);
+  };
+  if (multi) {
+    refuse("--validation-images", "domains");
+  } else {
+    refuse("--protocol", "multi");
+    refuse("--experts", "multi");
+  }
+  options.gates = (multi ? kMultiGates : kGates).at(words.gate);
+  options.experts = kExperts.at(words.experts);
+  options.train.input_norm = words.input_norm == "layer_norm";
+  options.train.dtype = kDTypes.at(words.dtype);
+}
+
 }  // namespace
 
 CommandLine parse_command_line(int argc, const char* const* argv) {
   CommandLine result;
   ProgramOptions& options = result.options;
   options.seeds = {0};
-  std::string gate = "topk";
-  std::string dtype = "float32";
-  std::string task = "domains";
+  Words words;
+  set_defaults(argc, argv, options, words);
 
   CLI::App app(
-      "Trains a mixture of linear experts on Fashion-MNIST whose images come from four domains "
-      "(plain, inverted, rotated, permuted pixels): one linear map cannot serve them all, a gate "
-      "that tells them apart can.",
+      "Trains mixtures of experts on Fashion-MNIST. Task domains: linear experts on images from "
+      "four "
+      "domains (plain, inverted, rotated, permuted pixels); one linear map cannot serve them all, "
+      "a "
+      "gate that tells them apart can. Task multi: two tasks with a gate each on shared experts.",
       "train_fashion");
   app.get_formatter()->column_width(46);
-  add_model_flags(app, options.train, gate, dtype, task);
+  add_model_flags(app, options, words);
   add_training_flags(app, options);
   add_parallel_flags(app, options);
   add_output_flags(app, options);
 
   try {
     app.parse(argc, argv);
-    options.gates = kGates.at(gate);
-    options.train.dtype = kDTypes.at(dtype);
+    look_up(words, app, options);
     if (options.train.top_k > options.train.num_experts) {
       throw CLI::ValidationError("--moe-router-topk",
                                  format_text("value %lld exceeds --num-experts %lld",
@@ -242,9 +388,17 @@ uint32_t config_hash(const ProgramOptions& options) {
     add(static_cast<uint64_t>(value));
   }
   for (const double value :
-       {train.aux_loss_coeff, train.z_loss_coeff, train.capacity_factor, train.lr}) {
+       {train.aux_loss_coeff, train.z_loss_coeff, train.balance_coeff, train.gamma,
+        train.entropy_coeff, train.entropy_ramp, train.capacity_factor, train.lr,
+        train.gate_lr_factor, train.lr_decay, train.adam_eps}) {
     add_real(value);
   }
+  add(train.hard_eval ? 1 : 0);
+  add(train.input_norm ? 1 : 0);
+  add(static_cast<uint64_t>(options.task));
+  add(static_cast<uint64_t>(options.protocol));
+  add(static_cast<uint64_t>(options.experts));
+  add(static_cast<uint64_t>(options.validation_images));
   add(static_cast<uint64_t>(train.dtype));
   add(options.data_seed);
   return static_cast<uint32_t>(key.value >> 32);

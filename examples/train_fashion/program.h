@@ -9,18 +9,24 @@
 
 namespace perseid::examples {
 
-/// Fashion-MNIST in domains, loaded once for all ranks of this process: threads as ranks share it.
+/// Fashion-MNIST as a task shows it, loaded once for all ranks of this process: threads as ranks
+/// share it.
 class SharedImages {
  public:
-  /// Collective: if a rank cannot load, all ranks throw. The reference lives as long as this
-  /// object.
-  const DomainData& load(const ProgramOptions& options, const comm::Group& world);
-  const std::string& folder() const { return folder_; }  ///< after load
+  /// Collective: if a rank cannot load, all ranks throw. References live as long as this object.
+  const DomainData& domains(const ProgramOptions& options, const comm::Group& world);
+  const MultiData& multi(const ProgramOptions& options, const comm::Group& world);
+  const std::string& folder() const { return folder_; }  ///< once loaded
 
  private:
+  template <typename Data, typename Make>
+  const Data& load(std::optional<Data>& data, const ProgramOptions& options,
+                   const comm::Group& world, Make&& make);
+
   std::mutex mutex_;
   std::string folder_;
-  std::optional<DomainData> images_;
+  std::optional<DomainData> domains_;
+  std::optional<MultiData> multi_;
 };
 
 /// Runs every gate and seed of the options and prints to `out` on rank 0. Collective.

@@ -1,147 +1,28 @@
 #include "examples/train_fashion/train.h"
 
-#include <ATen/Functions.h>
-#include <c10/core/GradMode.h>
-#include <torch/optim/adam.h>
+#include <ATen/ops/from_blob.h>
 
-#include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <utility>
 
 #include "comm/collectives.h"
-#include "examples/train_fashion/metrics.h"
+#include "examples/train_fashion/evaluate.h"
+#include "examples/train_fashion/image_tensors.h"
+#include "examples/train_fashion/loop.h"
+#include "examples/train_fashion/meter.h"
 #include "examples/train_fashion/model.h"
+#include "examples/train_fashion/optimizer.h"
+#include "examples/train_fashion/shard.h"
 #include "moe/gradients.h"
 
 namespace perseid::examples {
 namespace {
 
-constexpr const char* kOperation = "train_fashion";
-constexpr uint64_t kStreamOrder = 1000;  // + epoch, below the run seed
-constexpr int64_t kTestBatch = 1000;
-constexpr double kActiveWeight = 1e-5;
-
-using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-/// Tensors over the images, without a copy.
-struct ImageTensors {
-  explicit ImageTensors(const DomainImages& images)
-      : pixels(view(images.pixels, at::kByte).view({images.size(), kImagePixels})),
-        labels(view(images.labels, at::kLong)),
-        domains(view(images.domains, at::kLong)),
-        keys(view(images.keys, at::kLong)) {}
-
-  at::Tensor pixels;
-  at::Tensor labels;
-  at::Tensor domains;
-  at::Tensor keys;
-
- private:
-  template <typename T>
-  static at::Tensor view(const std::vector<T>& values, at::ScalarType dtype) {
-    // from_blob wants a mutable pointer; nothing here writes through it.
-    return at::from_blob(const_cast<T*>(values.data()), {static_cast<int64_t>(values.size())},
-                         dtype);
-  }
-};
-
-/// The images of this rank in a batch of `count` images: contiguous, none on idle ranks.
-struct Shard {
-  int64_t begin = 0;
-  int64_t size = 0;
-};
-Shard shard_of(int64_t count, const comm::Group& world, int64_t idle_ranks) {
-  const int64_t working = world.size() - idle_ranks;
-  const int64_t rank = std::min<int64_t>(world.rank(), working);
-  const int64_t begin = rank * count / working;
-  const int64_t end = std::min(rank + 1, working) * count / working;
-  return Shard{begin, end - begin};
-}
-
-void check_options(const TrainOptions& options, const comm::Group& world, int64_t num_images) {
-  require(options.global_batch_size >= 1 && options.global_batch_size <= num_images, kOperation,
-          "global_batch_size", options.global_batch_size,
-          "is out of range; choose 1 to " + std::to_string(num_images) + ", the training images");
-  require(options.idle_ranks >= 0 && options.idle_ranks < world.size(), kOperation, "idle_ranks",
-          options.idle_ranks,
-          "must leave one of " + std::to_string(world.size()) + " ranks with images; choose 0 to " +
-              std::to_string(world.size() - 1));
-  require(options.log_interval >= 1, kOperation, "log_interval", options.log_interval,
-          "must be at least 1");
-  require(std::isfinite(options.lr) && options.lr > 0, kOperation, "lr", options.lr,
-          "must be above 0");
-}
-
-/// Sums since the last report. Losses are those of this rank, loads already those of all.
-class Meter {
- public:
-  explicit Meter(const TrainOptions& options)
-      : load_(at::zeros({options.num_experts}, at::kLong)),
-        images_per_step_(options.global_batch_size) {}
-
-  void add(double cross_entropy, const MoEOutput& output) {
-    if (local_.empty()) {
-      for (const gates::NamedLoss& loss : output.losses) names_.push_back(loss.name);
-      local_.assign(1 + names_.size(), 0);
-    }
-    local_[0] += cross_entropy;
-    for (size_t i = 0; i < names_.size(); ++i) local_[1 + i] += output.losses[i].raw.item<double>();
-    load_ += output.stats.gates.front().tokens_per_expert;
-    num_dropped_ += output.stats.num_dropped;
-    ++steps_;
-  }
-
-  /// Collective.
-  StepReport report(int64_t step, int64_t num_steps, const comm::Group& world) {
-    comm::all_reduce(local_.data(), static_cast<int64_t>(local_.size()), comm::ReduceOp::kSum,
-                     world, {"report", -1, step});
-    const double seconds = seconds_since(start_);
-    const auto steps = static_cast<double>(steps_);
-    StepReport report;
-    report.step = step;
-    report.num_steps = num_steps;
-    report.cross_entropy = local_[0] / steps;
-    for (size_t i = 0; i < names_.size(); ++i) {
-      report.gate_losses.push_back({names_[i], local_[1 + i] / steps});
-    }
-    report.tokens_per_expert.assign(load_.const_data_ptr<int64_t>(),
-                                    load_.const_data_ptr<int64_t>() + load_.numel());
-    report.max_vio = max_vio(load_);
-    report.num_dropped = num_dropped_;
-    report.step_ms = 1e3 * seconds / steps;
-    report.tokens_per_second = steps * static_cast<double>(images_per_step_) / seconds;
-    std::fill(local_.begin(), local_.end(), 0);
-    load_.zero_();
-    num_dropped_ = 0;
-    steps_ = 0;
-    start_ = Clock::now();
-    return report;
-  }
-
- private:
-  std::vector<std::string> names_;
-  std::vector<double> local_;  // cross-entropy, then the losses of the gate
-  at::Tensor load_;
-  int64_t images_per_step_;
-  int64_t num_dropped_ = 0;
-  int64_t steps_ = 0;
-  Clock::time_point start_ = Clock::now();
-};
-
-/// Cross-entropy of the local images, summed.
-at::Tensor cross_entropy_sum(const at::Tensor& logits, const at::Tensor& labels) {
-  const at::Tensor wide = logits.scalar_type() == at::kBFloat16 ? logits.to(at::kFloat) : logits;
-  return at::cross_entropy_loss(wide, labels, {}, at::Reduction::Sum);
-}
+constexpr int64_t kCurvePoints = 50;
 
 void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& options,
            const OnReport& on_report, RunResult& result) {
   const comm::Group& world = layer.groups().world;
-  torch::optim::Adam optimizer(layer.parameters(), torch::optim::AdamOptions(options.lr));
+  GateAdam optimizer(layer, layer.gates(), options);
   const int64_t num_images = images.labels.size(0);
   const int64_t steps_per_epoch = num_images / options.global_batch_size;
   const Shard shard = shard_of(options.global_batch_size, world, options.idle_ranks);
@@ -150,6 +31,9 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
 
   layer.train();
   Meter meter(options);
+  Meter curve(options);
+  const int64_t curve_interval = (result.num_steps + kCurvePoints - 1) / kCurvePoints;
+  int64_t rows = 0;
   std::vector<int64_t> order;
   for (int64_t step = 0; step < result.num_steps; ++step) {
     if (step % steps_per_epoch == 0) {
@@ -172,71 +56,27 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
     optimizer.zero_grad();
     loss.backward();
     sum_gradients(layer, layer.groups());
-    optimizer.step();
+    optimizer.step(input.progress);
     layer.after_step(output.stats);
 
     result.losses.push_back(loss.item<double>());
-    meter.add(cross_entropy.item<double>(), output);
+    const auto value = cross_entropy.item<double>();
+    meter.add(value, output);
+    curve.add(value, output);
+    rows += output.stats.rows_processed;
     const bool last = step + 1 == result.num_steps;
     if (step == 0 || last || (step + 1) % options.log_interval == 0) {
       const StepReport report = meter.report(step + 1, result.num_steps, world);
       if (on_report) on_report(report);
     }
+    if (last || (step + 1) % curve_interval == 0) {
+      result.curve.push_back(curve.report(step + 1, result.num_steps, world));
+    }
   }
+  result.rows_per_token =
+      static_cast<double>(rows) / static_cast<double>(result.num_steps * options.global_batch_size);
   comm::all_reduce(result.losses.data(), static_cast<int64_t>(result.losses.size()),
                    comm::ReduceOp::kSum, world, {"losses"});
-}
-
-void evaluate(MoELayer& layer, const ImageTensors& images, const TrainOptions& options,
-              RunResult& result) {
-  const c10::NoGradGuard no_grad;
-  layer.eval();
-  const comm::Group& world = layer.groups().world;
-  gates::Gate& gate = *layer.gates().front();
-  const int64_t num_images = images.labels.size(0);
-  double correct = 0;
-  double cross_entropy = 0;
-  double active = 0;
-  at::Tensor mass = at::zeros({kNumDomains, options.num_experts}, at::kDouble);
-  at::Tensor load = at::zeros({options.num_experts}, at::kLong);
-  for (int64_t begin = 0; begin < num_images; begin += kTestBatch) {
-    const Shard shard =
-        shard_of(std::min(kTestBatch, num_images - begin), world, options.idle_ranks);
-    const auto cut = [&](const at::Tensor& all) {
-      return all.narrow(0, begin + shard.begin, shard.size);
-    };
-    const MoEInput input = model_input(cut(images.pixels), cut(images.keys), options);
-    const MoEOutput output = layer.forward(input);
-    const at::Tensor labels = cut(images.labels);
-    cross_entropy += cross_entropy_sum(output.output(), labels).item<double>();
-    correct += output.output().argmax(1).eq(labels).sum().item<double>();
-    load += output.stats.gates.front().tokens_per_expert;
-
-    // The layer returns no weights; a gate is a pure function, so it is asked once more.
-    gates::GateInput gate_input;
-    gate_input.tokens = input.tokens;
-    gate_input.keys = input.keys;
-    const at::Tensor weights =
-        gates::dense_weights(gate.forward(gate_input).routing, options.num_experts);
-    active += weights.gt(kActiveWeight).sum().item<double>();
-    mass.index_add_(0, cut(images.domains), weights.to(at::kDouble));
-  }
-
-  std::vector<double> sums{correct, cross_entropy, active};
-  sums.insert(sums.end(), mass.const_data_ptr<double>(),
-              mass.const_data_ptr<double>() + mass.numel());
-  comm::all_reduce(sums.data(), static_cast<int64_t>(sums.size()), comm::ReduceOp::kSum, world,
-                   {"evaluate"});
-  const auto count = static_cast<double>(num_images);
-  result.accuracy = sums[0] / count;
-  result.cross_entropy = sums[1] / count;
-  result.experts_per_token = sums[2] / count;
-  result.domain_nmi =
-      mutual_information(std::vector<double>(sums.begin() + 3, sums.end()), kNumDomains) /
-      std::log(static_cast<double>(kNumDomains));
-  result.tokens_per_expert.assign(load.const_data_ptr<int64_t>(),
-                                  load.const_data_ptr<int64_t>() + load.numel());
-  result.max_vio = max_vio(load);
 }
 
 }  // namespace
@@ -247,8 +87,12 @@ const char* gate_name(GateKind gate) {
       return "single";
     case GateKind::kHash:
       return "hash";
+    case GateKind::kOracle:
+      return "oracle";
     case GateKind::kTopK:
       return "topk";
+    case GateKind::kComet:
+      return "comet";
     case GateKind::kDense:
       return "dense";
   }
@@ -257,12 +101,28 @@ const char* gate_name(GateKind gate) {
 
 ParameterCount count_parameters(const TrainOptions& options) {
   const int64_t expert = kImagePixels * kNumClasses + kNumClasses;
-  const bool has_router = options.gate == GateKind::kTopK || options.gate == GateKind::kDense;
-  const int64_t router = has_router ? options.num_experts * (kImagePixels + 1) : 0;
-  const int64_t selected = options.gate == GateKind::kTopK    ? options.top_k
-                           : options.gate == GateKind::kDense ? options.num_experts
-                                                              : 1;
-  return {router + options.num_experts * expert, router + selected * expert};
+  const int64_t E = options.num_experts;
+  int64_t linear_outputs = 0;  // of the gate
+  int64_t selected = 1;
+  switch (options.gate) {
+    case GateKind::kSingle:
+    case GateKind::kHash:
+    case GateKind::kOracle:
+      break;
+    case GateKind::kTopK:
+      linear_outputs = E;
+      selected = options.top_k;
+      break;
+    case GateKind::kComet:
+      linear_outputs = E > 1 ? options.top_k * (2 * E - 1) : 0;
+      selected = options.top_k;
+      break;
+    case GateKind::kDense:
+      linear_outputs = E;
+      selected = E;
+  }
+  const int64_t router = linear_outputs * (kImagePixels + 1);
+  return {router + E * expert, router + selected * expert};
 }
 
 int64_t num_steps(const TrainOptions& options, int64_t num_images) {
@@ -276,10 +136,13 @@ RunResult train_domains(const comm::Group& world, const DomainData& data,
   const std::shared_ptr<MoELayer> layer = make_model(world, options);
   RunResult result;
   comm::barrier(world);
-  const auto start = Clock::now();
-  train(*layer, ImageTensors(data.train), options, on_report, result);
-  result.seconds = seconds_since(start);
-  evaluate(*layer, ImageTensors(data.test), options, result);
+  const auto start = std::chrono::steady_clock::now();
+  train(*layer, ImageTensors(data.train, options.gate), options, on_report, result);
+  const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
+  result.seconds = time.count();
+  result.seconds_per_epoch = result.seconds / static_cast<double>(result.num_steps) *
+                             static_cast<double>(data.train.size() / options.global_batch_size);
+  evaluate(*layer, ImageTensors(data.test, options.gate), options, result);
   result.weights = collect_weights(*layer, options.num_experts);
   return result;
 }

@@ -10,19 +10,28 @@
 
 namespace perseid::examples {
 
-enum class GateKind : uint8_t { kSingle, kHash, kTopK, kDense };
+enum class GateKind : uint8_t { kSingle, kHash, kOracle, kTopK, kComet, kDense };
 const char* gate_name(GateKind gate);
 
-/// Settings of one run; defaults are the published protocol of the mixture of domains.
+/// Settings of one run; defaults are the recipe of README.md.
 struct TrainOptions {
   GateKind gate = GateKind::kTopK;
   int64_t num_experts = 8;
   int64_t top_k = 2;
   double aux_loss_coeff = 0;
   double z_loss_coeff = 0;
-  double capacity_factor = 0;  ///< 0: dropless
+  double balance_coeff = 0.25;  ///< of gates::balance_entropy_loss, for gates with weights to train
+  double gamma = 1;             ///< width of the switches of COMET
+  double entropy_coeff = 0.3;   ///< pulls its trees to one leaf
+  double entropy_ramp = 0.5;    ///< share of the run over which entropy_coeff grows from 0
+  bool input_norm = true;       ///< the gate reads LayerNorm(x) / sqrt(D); false: the pixels x
+  bool hard_eval = false;       ///< in the test each of its trees takes one leaf
+  double capacity_factor = 0;   ///< 0: dropless
   kernels::DType dtype = kernels::DType::kFloat32;
   double lr = 1e-3;
+  double adam_eps = 1e-8;
+  double gate_lr_factor = 3;        ///< the gate's learning rate is this times lr
+  double lr_decay = 0.3;            ///< share of the run, at its end, over which both fall to 0
   int64_t global_batch_size = 256;  ///< images of a step, over all ranks
   int64_t epochs = 6;
   int64_t train_iters = 0;     ///< 0: as many steps as `epochs` take
@@ -32,12 +41,17 @@ struct TrainOptions {
   int64_t log_interval = 100;  ///< steps between two reports
 };
 
-/// Parameters of the whole model and those that one image meets.
+/// Parameters of the whole model and those that one image meets; of COMET, once its trees have
+/// become hard.
 struct ParameterCount {
   int64_t total = 0;
   int64_t active = 0;
 };
 ParameterCount count_parameters(const TrainOptions& options);
+
+/// Learning rate of the experts after the share `progress` of the run: lr, then a straight line to
+/// 0 over the last lr_decay of it.
+double learning_rate(const TrainOptions& options, double progress);
 
 /// Steps of a run: train_iters, or epochs without their last incomplete batch.
 int64_t num_steps(const TrainOptions& options, int64_t num_images);
@@ -54,6 +68,7 @@ struct StepReport {
   double cross_entropy = 0;
   std::vector<NamedValue> gate_losses;     ///< without their coefficients
   std::vector<int64_t> tokens_per_expert;  ///< [E]
+  double experts_per_token = 0;            ///< experts with a weight
   double max_vio = 0;                      ///< largest load / mean load - 1
   int64_t num_dropped = 0;                 ///< assignments lost to capacity
   double step_ms = 0;
@@ -69,17 +84,31 @@ struct WeightDump {
   std::vector<double> values;
 };
 
+/// Which ways images take through the trees of a COMET gate; nodes in its heap order, leaves among
+/// them (nodes E-1 and following). A tree reaches a node if its weight there is above 0.
+struct TreeCounts {
+  int64_t num_trees = 0;         ///< K; 0: the gate has no trees
+  std::vector<int64_t> reached;  ///< [K, 2E-1, domains] images that reach the node
+  std::vector<int64_t> left;     ///< [K, E-1] of these, those that go left with all their weight
+  std::vector<int64_t> right;    ///< [K, E-1] the same to the right; the others take both ways
+};
+
 /// What a run gives; the same on every rank.
 struct RunResult {
   int64_t num_steps = 0;
   double accuracy = 0;  ///< on the test images, after the last step
   double cross_entropy = 0;
   double experts_per_token = 0;            ///< mean count of gate weights > 1e-5
+  std::vector<double> domain_expert;       ///< [domains, E] mean weight of the gate
   double domain_nmi = 0;                   ///< I(domain; expert) / ln 4 of the summed gate weights
   double max_vio = 0;                      ///< largest load / mean load - 1 over the test images
   std::vector<int64_t> tokens_per_expert;  ///< [E] of the test images
-  double seconds = 0;                      ///< of training: without loading and testing
-  std::vector<double> losses;              ///< of every step: cross-entropy + losses of the gate
+  TreeCounts trees;                        ///< of COMET, over the test images
+  std::vector<StepReport> curve;  ///< means over at most 50 pieces of the training, in order
+  double rows_per_token = 0;      ///< rows that experts processed for an image, all training
+  double seconds = 0;             ///< of training: without loading and testing
+  double seconds_per_epoch = 0;
+  std::vector<double> losses;  ///< of every step: cross-entropy + losses of the gate
   std::vector<WeightDump> weights;
 };
 

@@ -3,34 +3,22 @@
 
 #include <optional>
 
-#include "comm/launcher.h"
-#include "examples/common/data_folder.h"
 #include "examples/train_fashion/train.h"
-#include "kernels/error.h"
+#include "tests/examples/fixture.h"
 
 namespace perseid::examples {
 namespace {
 
-std::optional<DomainData> whole_data() {
-  const DataSet set = fashion_mnist_set();
-  try {
-    return make_domains(load_fashion_mnist(find_data_folder(
-                            set, data_places(set, "", comm::process_environment()))),
-                        0);
-  } catch (const IoError&) {
-    return std::nullopt;
-  }
-}
-
 // The published protocol: 6 epochs. Single .453, hash .433, a learned gate with 2 experts above
 // .80.
 TEST(Bars, LearnedGatesBeatBlindOnes) {
-  const std::optional<DomainData> data = whole_data();
-  if (!data) GTEST_SKIP() << "Fashion-MNIST is absent; get it with: examples/get_data.sh fashion";
+  const std::optional<FashionMnist> images = whole_fashion_mnist();
+  if (!images) GTEST_SKIP() << "Fashion-MNIST is absent; get it with: examples/get_data.sh fashion";
+  const DomainData data = make_domains(*images, 0);
   const auto accuracy = [&](GateKind gate) {
     TrainOptions options;
     options.gate = gate;
-    const RunResult result = train_domains(comm::self_group(), *data, options);
+    const RunResult result = train_domains(comm::self_group(), data, options);
     EXPECT_EQ(result.num_steps, 1404);
     return result.accuracy;
   };

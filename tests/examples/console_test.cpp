@@ -9,6 +9,7 @@
 #include "examples/common/console.h"
 #include "examples/common/json_lines.h"
 #include "examples/common/text.h"
+#include "examples/train_fashion/multi_report.h"
 #include "examples/train_fashion/options.h"
 #include "examples/train_fashion/report.h"
 #include "kernels/error.h"
@@ -97,7 +98,7 @@ TEST(Json, LinesAndErrors) {
   none.write({{"a", int64_t{1}}});
 }
 
-TEST(CommandLine, DefaultsAreTheProtocol) {
+TEST(CommandLine, DefaultsAreTheRecipe) {
   const CommandLine line = parse({});
   ASSERT_TRUE(line.run) << line.text;
   const TrainOptions& train = line.options.train;
@@ -109,6 +110,14 @@ TEST(CommandLine, DefaultsAreTheProtocol) {
   EXPECT_EQ(train.epochs, 6);
   EXPECT_EQ(train.aux_loss_coeff, 0);
   EXPECT_EQ(train.lr, 1e-3);
+  EXPECT_EQ(train.gate_lr_factor, 3);
+  EXPECT_EQ(train.lr_decay, .3);
+  EXPECT_EQ(train.balance_coeff, .25);
+  EXPECT_EQ(train.gamma, 1);
+  EXPECT_EQ(train.entropy_coeff, .3);
+  EXPECT_EQ(train.entropy_ramp, .5);
+  EXPECT_FALSE(train.hard_eval);
+  EXPECT_EQ(line.options.validation_images, 0);
   EXPECT_EQ(num_steps(train, 60000), 1404);
 }
 
@@ -139,11 +148,57 @@ TEST(CommandLine, BothNamesOfAFlag) {
   }
 }
 
+TEST(CommandLine, SettingsOfTheRecipe) {
+  struct Case {
+    const char* flag;
+    double TrainOptions::*member;
+  };
+  for (const Case& c : {Case{"--balance-coeff", &TrainOptions::balance_coeff},
+                        Case{"--gamma", &TrainOptions::gamma},
+                        Case{"--entropy-coeff", &TrainOptions::entropy_coeff},
+                        Case{"--entropy-ramp", &TrainOptions::entropy_ramp},
+                        Case{"--gate-lr-factor", &TrainOptions::gate_lr_factor},
+                        Case{"--lr-decay", &TrainOptions::lr_decay}}) {
+    const CommandLine line = parse({c.flag, "0.75"});
+    ASSERT_TRUE(line.run) << line.text;
+    EXPECT_EQ(line.options.train.*c.member, .75) << c.flag;
+    EXPECT_NE(config_hash(line.options), config_hash(parse({}).options)) << c.flag;
+  }
+  EXPECT_TRUE(parse({"--hard-eval"}).options.train.hard_eval);
+  EXPECT_EQ(parse({"--validation-images", "10000"}).options.validation_images, 10000);
+}
+
+TEST(CommandLine, DefaultsOfTheTask) {
+  CommandLine line = parse({"--task", "multi"});
+  ASSERT_TRUE(line.run) << line.text;
+  EXPECT_EQ(line.options.task, Task::kMulti);
+  EXPECT_EQ(line.options.protocol, Protocol::kSmall);
+  EXPECT_EQ(line.options.experts, ExpertKind::kMlp);
+  EXPECT_EQ(line.options.train.num_experts, 6);
+  EXPECT_EQ(line.options.train.lr, 5e-4);
+  EXPECT_FALSE(line.options.train.input_norm);
+  // Flags win, wherever they stand.
+  line = parse({"--lr", "0.25", "--protocol", "published", "--gate", "all", "--task=multi",
+                "--input-norm", "layer_norm"});
+  ASSERT_TRUE(line.run) << line.text;
+  EXPECT_EQ(line.options.protocol, Protocol::kPublished);
+  EXPECT_EQ(line.options.experts, ExpertKind::kConv);
+  EXPECT_EQ(line.options.train.epochs, 200);
+  EXPECT_EQ(line.options.train.lr, .25);
+  EXPECT_TRUE(line.options.train.input_norm);
+  EXPECT_EQ(line.options.gates, (std::vector<GateKind>{GateKind::kSingle, GateKind::kTopK,
+                                                       GateKind::kComet, GateKind::kDense}));
+  line = parse({"--task", "multi", "--help"});
+  EXPECT_NE(line.text.find("over all ranks"), std::string::npos);
+  EXPECT_NE(line.text.find("=0.0005"), std::string::npos) << line.text;
+}
+
 TEST(CommandLine, SeveralSeedsAndAllGates) {
   const CommandLine line = parse({"--gate", "all", "--seeds", "0", "1", "2"});
   ASSERT_TRUE(line.run) << line.text;
-  EXPECT_EQ(line.options.gates, (std::vector<GateKind>{GateKind::kSingle, GateKind::kHash,
-                                                       GateKind::kTopK, GateKind::kDense}));
+  EXPECT_EQ(line.options.gates,
+            (std::vector<GateKind>{GateKind::kSingle, GateKind::kHash, GateKind::kOracle,
+                                   GateKind::kTopK, GateKind::kComet, GateKind::kDense}));
   EXPECT_EQ(line.options.seeds, (std::vector<uint64_t>{0, 1, 2}));
 }
 
@@ -153,8 +208,26 @@ TEST(CommandLine, WrongValues) {
     std::vector<const char*> parts;  // of the text: flag, value, limit
   };
   for (const Case& c : std::vector<Case>{
-           {{"--gate", "comet"}, {"--gate", "comet", "{single,hash,topk,dense,all}"}},
-           {{"--task", "multi"}, {"--task", "multi", "{domains}"}},
+           {{"--gate", "commet"},
+            {"--gate", "commet", "{single,hash,oracle,topk,comet,dense,all}"}},
+           {{"--task", "single"}, {"--task", "single", "{domains,multi}"}},
+           {{"--task", "multi", "--gate", "hash"},
+            {"--gate", "value hash", "{single,topk,comet,dense,all}"}},
+           {{"--task", "multi", "--validation-images", "9"},
+            {"--validation-images", "--task domains"}},
+           {{"--protocol", "small"}, {"--protocol", "--task multi"}},
+           {{"--experts", "conv"}, {"--experts", "--task multi"}},
+           {{"--task", "multi", "--protocol", "big"}, {"big", "{published,small}"}},
+           {{"--task", "multi", "--experts", "rnn"}, {"rnn", "{conv,mlp}"}},
+           {{"--input-norm", "batch"}, {"batch", "{none,layer_norm}"}},
+           {{"--adam-eps", "0"}, {"--adam-eps", "value 0", "to 1"}},
+           {{"--gamma", "0"}, {"--gamma", "value 0", "1e-06 to"}},
+           {{"--entropy-ramp", "1.5"}, {"--entropy-ramp", "value 1.5", "0 to 1"}},
+           {{"--entropy-coeff", "-1"}, {"--entropy-coeff", "value -1", "0 to"}},
+           {{"--balance-coeff", "-1"}, {"--balance-coeff", "value -1", "0 to"}},
+           {{"--gate-lr-factor", "0"}, {"--gate-lr-factor", "value 0", "1e-06 to"}},
+           {{"--lr-decay", "2"}, {"--lr-decay", "value 2", "0 to 1"}},
+           {{"--validation-images", "-1"}, {"--validation-images", "value -1", "0 to"}},
            {{"--num-experts", "0"}, {"--num-experts", "value 0", "1 to 4096"}},
            {{"--num-experts", "-3"}, {"--num-experts", "value -3", "1 to 4096"}},
            {{"--num-experts", "many"}, {"--num-experts", "many", "1 to 4096"}},
@@ -188,8 +261,9 @@ TEST(CommandLine, HelpShowsDefaultsAndRanges) {
   const CommandLine line = parse({"--help"});
   EXPECT_FALSE(line.run);
   EXPECT_EQ(line.exit_code, 0);
-  for (const char* part : {"--moe-router-topk,--top-k", "1 to 4096", "=8", "images of a step",
-                           "{single,hash,topk,dense,all}", "the protocol of this task has 0"}) {
+  for (const char* part :
+       {"--moe-router-topk,--top-k", "1 to 4096", "=8", "images of a step",
+        "{single,hash,oracle,topk,comet,dense,all}", "the protocol of this task has 0"}) {
     EXPECT_NE(line.text.find(part), std::string::npos) << part << " in:\n" << line.text;
   }
 }
@@ -204,6 +278,8 @@ TEST(CommandLine, ConfigHashTellsSettingsApart) {
                                              {"--dtype", "float64"},
                                              {"--data-seed", "1"},
                                              {"--ep-size", "1"},
+                                             {"--hard-eval"},
+                                             {"--validation-images", "9"},
                                              {"--train-iters", "1"}}) {
     EXPECT_NE(first, config_hash(parse(flags).options)) << flags[0];
   }
@@ -216,11 +292,13 @@ TEST(Report, Lines) {
   report.cross_entropy = .53127;
   report.gate_losses = {{"aux_loss", 1.0204}};
   report.tokens_per_expert = {100, 0, 100, 200};
+  report.experts_per_token = 2.004;
   report.max_vio = 1;
   report.step_ms = 1.234;
   report.tokens_per_second = 207000;
   EXPECT_EQ(step_line(report),
-            "step  100/1404 | loss 0.5313 | aux 1.020 | maxvio 1.00 | dead 1/4 | 1.23 ms | "
+            "step  100/1404 | loss 0.5313 | aux 1.020 | experts/token 2.00 | maxvio 1.00 | dead "
+            "1/4 | 1.23 ms | "
             "207.0k tok/s");
   report.num_dropped = 7;
   EXPECT_NE(step_line(report).find("| drop 7 |"), std::string::npos);
@@ -235,6 +313,73 @@ TEST(Report, FinalTable) {
       {{GateKind::kHash, 0, one}, {GateKind::kTopK, 0, one}, {GateKind::kTopK, 1, two}});
   EXPECT_NE(table.find("| hash |"), std::string::npos) << table;
   EXPECT_NE(table.find("| topk | 0.8100 ±0.0100 |"), std::string::npos) << table;
+  for (const char* column : {"accuracy", "cross-entropy", "experts, training", "experts, test",
+                             "max_vio", "NMI", "s/epoch", "rows/image"}) {
+    EXPECT_NE(table.find(column), std::string::npos) << table;
+  }
+}
+
+TEST(Report, ResultJson) {
+  RunResult result;
+  result.num_steps = 9;
+  result.domain_expert = {1.0 / 3, 2.0 / 3};
+  for (int64_t step : {5, 9}) {
+    StepReport point;
+    point.step = step;
+    point.cross_entropy = 1.0 / static_cast<double>(step);
+    point.experts_per_token = 4;
+    result.curve.push_back(point);
+  }
+  const TrainOptions options;
+  std::string text = to_json(result_json({GateKind::kTopK, 7, result}, options, 2));
+  for (const char* part :
+       {"\"gate\":\"topk\"", "\"seed\":7", "\"ranks\":2", "\"training_experts_per_token\":4.0",
+        "\"domains\":[\"plain\",\"inverted\",\"rotated\",\"permuted\"]",
+        "\"domain_expert\":[0.333333,0.666667]", "\"curve_step\":[5,9]",
+        "\"curve_cross_entropy\":[0.2,0.111111]"}) {
+    EXPECT_NE(text.find(part), std::string::npos) << part << " in " << text;
+  }
+  EXPECT_EQ(text.find("tree_"), std::string::npos);
+  result.trees = {1, {3, 2, 1}, {2}, {1}};
+  text = to_json(result_json({GateKind::kComet, 7, result}, options, 2));
+  EXPECT_NE(text.find("\"tree_reached\":[3,2,1],\"tree_left\":[2],\"tree_right\":[1]"),
+            std::string::npos)
+      << text;
+}
+
+TEST(MultiReport, TablesAndJson) {
+  const auto run_with = [](GateKind gate, uint64_t seed, double accuracy) {
+    FinishedMulti run{gate, seed, {}};
+    run.result.epochs.resize(2);
+    run.result.best_epoch = 2;
+    run.result.epochs[1].train.tasks[1].experts_per_token = 2.5;
+    run.result.epochs[1].validation.tasks[0].accuracy = .75;
+    run.result.test.tasks[0].accuracy = accuracy;
+    run.result.test.tasks[1].accuracy = .7;
+    run.result.test.tasks[1].tokens_per_expert = {3, 1};
+    run.result.test.rows_per_sample = 3.25;
+    return run;
+  };
+  const FinishedMulti one = run_with(GateKind::kTopK, 0, .8);
+  const std::string table =
+      final_table({one, run_with(GateKind::kTopK, 1, .82), run_with(GateKind::kComet, 0, .9)});
+  EXPECT_NE(table.find("| topk  |     top left | 0.8100 ±0.0100 |"), std::string::npos) << table;
+  EXPECT_NE(table.find("|       | bottom right | 0.7000 ±0.0000 |"), std::string::npos) << table;
+  EXPECT_NE(table.find("| comet |     top left |         0.9000 |"), std::string::npos) << table;
+  EXPECT_NE(table.find("2.50 ±0.00"), std::string::npos) << table;
+  EXPECT_NE(table.find("3.25"), std::string::npos) << table;
+  const std::string lines = result_line(one);
+  EXPECT_NE(lines.find("epoch 2, bottom right | accuracy 0.7000"), std::string::npos) << lines;
+  EXPECT_NE(epoch_line(one.result.epochs[1]).find("validation accuracy 0.7500 0.0000"),
+            std::string::npos);
+  const std::string json = to_json(result_json(one, multi_defaults(Protocol::kSmall), 2));
+  for (const char* part :
+       {R"("task":"multi","gate":"topk","seed":0,"ranks":2)", R"("accuracy":[0.8,0.7])",
+        R"("tokens_per_expert_bottom_right":[3,1])",
+        R"("train_experts_per_token_bottom_right":[0.0,2.5])",
+        R"("validation_accuracy_top_left":[0.0,0.75])", R"("rows_per_sample":3.25)"}) {
+    EXPECT_NE(json.find(part), std::string::npos) << part << " in " << json;
+  }
 }
 
 }  // namespace

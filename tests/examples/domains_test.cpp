@@ -2,6 +2,7 @@
 //   Transforms     each pixel of each transform in closed form, on an image without equal pixels
 //   Permutation    a permutation, fixed by the seed, not the identity
 //   Counts         domains about equally frequent; another seed draws others
+//   ValidationSplit  the last training images are tested on, in their order, and not trained on
 //   Keys           floor(1000 * sum of pixels) of the transformed image
 //   MutualInformation, DeadExperts, MeanAndError   hand-made tables
 #include <gtest/gtest.h>
@@ -13,6 +14,7 @@
 
 #include "examples/train_fashion/domains.h"
 #include "examples/train_fashion/metrics.h"
+#include "kernels/error.h"
 #include "tests/examples/fixture.h"
 
 namespace perseid::examples {
@@ -82,6 +84,27 @@ TEST(Domains, Counts) {
   for (const int64_t domain : data.train.domains) ++counts.at(static_cast<size_t>(domain));
   for (const int count : counts) EXPECT_NEAR(count, 2000, 4 * std::sqrt(8000 * .25 * .75));
   EXPECT_NE(data.train.domains, make_domains(FashionMnist{many, one}, 1).train.domains);
+}
+
+TEST(Domains, ValidationSplit) {
+  const DomainData& all = fixture_data();
+  const DomainData split = validation_split(all, 56);
+  EXPECT_EQ(split.train.size(), 200);
+  EXPECT_EQ(split.test.size(), 56);
+  const auto joined = [&](auto member) {
+    auto values = split.train.*member;
+    values.insert(values.end(), (split.test.*member).begin(), (split.test.*member).end());
+    return values;
+  };
+  EXPECT_EQ(joined(&DomainImages::pixels), all.train.pixels);
+  EXPECT_EQ(joined(&DomainImages::labels), all.train.labels);
+  EXPECT_EQ(joined(&DomainImages::domains), all.train.domains);
+  EXPECT_EQ(joined(&DomainImages::keys), all.train.keys);
+  for (const int64_t count : {0, 256}) {
+    const std::string text = error_text<ConfigError>([&] { validation_split(all, count); });
+    EXPECT_NE(text.find("validation_images=" + std::to_string(count)), std::string::npos) << text;
+    EXPECT_NE(text.find("1 to 255"), std::string::npos) << text;
+  }
 }
 
 TEST(Domains, Keys) {

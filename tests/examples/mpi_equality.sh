@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # The same run in one process and under mpirun at 1, 2 and 4 ranks, also with a rank without images:
-# losses and weights after 50 steps must agree.
+# losses and weights after 50 steps must agree, and after 10 of the task with two gates.
 #   mpi_equality.sh TRAIN_FASHION MPIEXEC FOLDER_OF_THIS_TEST WORK_FOLDER
 set -euo pipefail
 train=$1 mpiexec=$2 here=$3 work=$4
 rm -rf "$work"
 mkdir -p "$work"
 
+steps=50
 run() { # NAME DTYPE COMMAND... : a run that writes NAME.json
   local name=$1 dtype=$2
   shift 2
-  "$@" --data "$here/fashion-mnist" --global-batch-size 58 --train-iters 50 --dtype "$dtype" \
+  "$@" --data "$here/fashion-mnist" --global-batch-size 58 --train-iters "$steps" --dtype "$dtype" \
     --threads 1 --dump "$work/$name.$dtype.json" >"$work/$name.log" 2>&1 || {
     echo "failed: $*" >&2
     cat "$work/$name.log" >&2
@@ -32,3 +33,13 @@ for dtype in float64 float32; do
   python3 "$here/compare_dumps.py" "$kind" "$tolerance" "$work/one.$dtype.json" \
     "$work/mpi4replicas.$dtype.json"
 done
+
+# Two tasks with a gate each.
+steps=10
+multi=("$train" --task multi --gate comet)
+run multi float64 "${multi[@]}"
+run multi.local4 float64 "${multi[@]}" --comm local --local-ranks 4
+run multi.mpi2 float64 "$mpiexec" -n 2 "${multi[@]}"
+run multi.mpi2idle float64 "$mpiexec" -n 2 "${multi[@]}" --idle-ranks 1
+python3 "$here/compare_dumps.py" max 1e-12 "$work/multi.float64.json" \
+  "$work"/multi.{local4,mpi2,mpi2idle}.float64.json

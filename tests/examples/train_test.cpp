@@ -5,6 +5,7 @@
 //                        largest value, float32 to 1e-5; each gate; uneven shards
 //   Repeats              the same bits twice
 //   LossFalls            every gate learns
+//   LearningRate         both rates against a first step by hand; the line down to 0
 //   CountsAreRight       parameters against the model, experts per token and loads against the gate
 //   WrongSettings        sentences for what only shows with data and ranks
 #include <gtest/gtest.h>
@@ -78,12 +79,23 @@ void expect_equal_runs(const RunResult& a, const RunResult& b, double tolerance,
   EXPECT_EQ(a.experts_per_token, b.experts_per_token);
   EXPECT_NEAR(a.domain_nmi, b.domain_nmi, std::max(tolerance, 1e-12));
   EXPECT_EQ(a.tokens_per_expert, b.tokens_per_expert);
+  EXPECT_LE(relative_difference(a.domain_expert, b.domain_expert, compare), tolerance);
+  EXPECT_EQ(a.trees.reached, b.trees.reached);
+  EXPECT_EQ(a.trees.left, b.trees.left);
+  EXPECT_EQ(a.trees.right, b.trees.right);
+  EXPECT_EQ(a.rows_per_token, b.rows_per_token);
+  ASSERT_EQ(a.curve.size(), b.curve.size());
+  for (size_t i = 0; i < a.curve.size(); ++i) {
+    EXPECT_NEAR(a.curve[i].cross_entropy, b.curve[i].cross_entropy, 10 * tolerance);
+    EXPECT_EQ(a.curve[i].experts_per_token, b.curve[i].experts_per_token);
+  }
 }
 
 class SameAtAnyRankCount : public ::testing::TestWithParam<GateKind> {};
 
 TEST_P(SameAtAnyRankCount, Float64) {
   TrainOptions options = small_run(GetParam());
+  ASSERT_GT(options.balance_coeff, 0);  // a loss that is not linear in the sums of the ranks
   options.aux_loss_coeff = 1e-2;
   options.z_loss_coeff = 1e-3;
   const RunResult reference = train_domains(comm::self_group(), fixture_data(), options);
@@ -106,10 +118,12 @@ TEST_P(SameAtAnyRankCount, Float32) {
   options.dtype = kernels::DType::kFloat32;
   const RunResult reference = train_domains(comm::self_group(), fixture_data(), options);
   options.idle_ranks = 1;
-  expect_equal_runs(reference, run(2, options), 1e-5);
-  expect_equal_runs(reference, run(4, options), 1e-5);
-  // Replicas of an expert add up partial sums. Adam divides a gradient by its size, so where it is
-  // nearly 0 a float32 rounding error becomes a step of that one weight.
+  // Ranks add up partial sums for the gate, replicas of an expert for that. Adam divides a gradient
+  // by its size, so where it is nearly 0 a float32 rounding error becomes a step of that one
+  // weight: the switches of COMET have gradients of exactly 0 beside small ones.
+  const Compare compare = GetParam() == GateKind::kComet ? Compare::kNorm : Compare::kMax;
+  expect_equal_runs(reference, run(2, options), 1e-5, compare);
+  expect_equal_runs(reference, run(4, options), 1e-5, compare);
   for (const int64_t ep_size : {1, 2}) {
     options.ep_size = ep_size;
     expect_equal_runs(reference, run(4, options), 1e-5, Compare::kNorm);
@@ -127,8 +141,8 @@ TEST_P(SameAtAnyRankCount, AnyNumberOfExperts) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Gates, SameAtAnyRankCount,
-                         ::testing::Values(GateKind::kTopK, GateKind::kHash, GateKind::kDense,
-                                           GateKind::kSingle),
+                         ::testing::Values(GateKind::kTopK, GateKind::kComet, GateKind::kHash,
+                                           GateKind::kOracle, GateKind::kDense, GateKind::kSingle),
                          [](const auto& test) { return std::string(gate_name(test.param)); });
 
 TEST(TrainDomains, Repeats) {
@@ -142,11 +156,13 @@ TEST(TrainDomains, Repeats) {
 }
 
 TEST(TrainDomains, LossFalls) {
-  for (const GateKind gate :
-       {GateKind::kSingle, GateKind::kHash, GateKind::kTopK, GateKind::kDense}) {
+  for (const GateKind gate : {GateKind::kSingle, GateKind::kHash, GateKind::kOracle,
+                              GateKind::kTopK, GateKind::kComet, GateKind::kDense}) {
     for (const kernels::DType dtype : {kernels::DType::kFloat32, kernels::DType::kBFloat16}) {
       TrainOptions options = small_run(gate);
       options.dtype = dtype;
+      options.balance_coeff = 0;  // the losses are then cross-entropies
+      options.entropy_coeff = 0;
       const RunResult result = train_domains(comm::self_group(), fixture_data(), options);
       EXPECT_NEAR(result.losses.front(), std::log(10), .2) << gate_name(gate);
       const double last = std::accumulate(result.losses.end() - 5, result.losses.end(), 0.0) / 5;
@@ -156,8 +172,8 @@ TEST(TrainDomains, LossFalls) {
 }
 
 TEST(TrainDomains, CountsAreRight) {
-  for (const GateKind gate :
-       {GateKind::kSingle, GateKind::kHash, GateKind::kTopK, GateKind::kDense}) {
+  for (const GateKind gate : {GateKind::kSingle, GateKind::kHash, GateKind::kOracle,
+                              GateKind::kTopK, GateKind::kComet, GateKind::kDense}) {
     TrainOptions options = small_run(gate);
     options.train_iters = 2;
     int64_t reports = 0;
@@ -170,8 +186,9 @@ TEST(TrainDomains, CountsAreRight) {
           EXPECT_GT(report.tokens_per_second, 0);
         });
     EXPECT_EQ(reports, 2);
-    const int64_t active = gate == GateKind::kTopK ? 2 : gate == GateKind::kDense ? 8 : 1;
-    if (gate != GateKind::kDense) {
+    const bool is_dense = gate == GateKind::kDense || gate == GateKind::kComet;  // it starts so
+    const int64_t active = is_dense ? 8 : gate == GateKind::kTopK ? 2 : 1;
+    if (!is_dense) {
       EXPECT_NEAR(result.experts_per_token, static_cast<double>(active), .05);
     }
     EXPECT_EQ(std::accumulate(result.tokens_per_expert.begin(), result.tokens_per_expert.end(),
@@ -181,6 +198,23 @@ TEST(TrainDomains, CountsAreRight) {
       EXPECT_EQ(result.max_vio, 7);
       EXPECT_EQ(result.domain_nmi, 0);
     }
+    EXPECT_EQ(result.rows_per_token, static_cast<double>(active));
+    ASSERT_EQ(result.curve.size(), size_t{2});
+    for (const StepReport& point : result.curve) {
+      EXPECT_EQ(point.experts_per_token, static_cast<double>(active));
+    }
+    // Each domain gives all its weight to the experts.
+    ASSERT_EQ(result.domain_expert.size(), size_t{kNumDomains * 8});
+    for (auto row = result.domain_expert.begin(); row != result.domain_expert.end(); row += 8) {
+      EXPECT_NEAR(std::accumulate(row, row + 8, 0.0), 1, 1e-6);
+    }
+    if (gate == GateKind::kOracle) {
+      EXPECT_NEAR(result.domain_nmi, 1, .02);  // 64 images are not quite 16 of each
+      for (size_t d = 0; d < size_t{kNumDomains}; ++d) {
+        EXPECT_EQ(result.domain_expert[d * 8 + d], 1);
+      }
+    }
+    EXPECT_EQ(result.trees.num_trees, gate == GateKind::kComet ? 2 : 0);
     int64_t parameters = 0;
     for (const WeightDump& weight : result.weights) {
       parameters += static_cast<int64_t>(weight.values.size());
@@ -189,12 +223,58 @@ TEST(TrainDomains, CountsAreRight) {
   }
 }
 
+TEST(TrainDomains, LearningRate) {
+  TrainOptions options = small_run(GateKind::kTopK);
+  options.lr = 2;
+  options.lr_decay = .25;
+  EXPECT_EQ(learning_rate(options, 0), 2);
+  EXPECT_EQ(learning_rate(options, .75), 2);
+  EXPECT_DOUBLE_EQ(learning_rate(options, .875), 1);
+  EXPECT_EQ(learning_rate(options, 1), 0);
+  options.lr_decay = 0;
+  EXPECT_EQ(learning_rate(options, .999), 2);
+  options.lr_decay = 1;
+  EXPECT_EQ(learning_rate(options, .5), 1);
+
+  // Adam's first step is the learning rate, whatever the gradient. Biases start at 0.
+  options = small_run(GateKind::kTopK);
+  options.train_iters = 1;
+  options.lr = 1e-3;
+  options.gate_lr_factor = 7;
+  const RunResult result = train_domains(comm::self_group(), fixture_data(), options);
+  const auto largest = [&](const std::string& name) {
+    double size = 0;
+    for (const WeightDump& weight : result.weights) {
+      if (weight.name != name) continue;
+      for (const double value : weight.values) size = std::max(size, std::abs(value));
+    }
+    return size;
+  };
+  EXPECT_NEAR(largest("gate.bias"), 7e-3, 1e-5);
+  EXPECT_NEAR(largest("experts.bias"), 1e-3, 1e-5);
+}
+
 TEST(TrainDomains, StepsAndEpochs) {
   TrainOptions options = small_run(GateKind::kTopK);
   options.train_iters = 0;
   options.epochs = 3;
   EXPECT_EQ(num_steps(options, 256), 12);  // the last 24 images of an epoch are dropped
-  EXPECT_EQ(train_domains(comm::self_group(), fixture_data(), options).losses.size(), size_t{12});
+  const RunResult result = train_domains(comm::self_group(), fixture_data(), options);
+  EXPECT_EQ(result.losses.size(), size_t{12});
+  EXPECT_DOUBLE_EQ(result.seconds_per_epoch, result.seconds / 3);
+}
+
+TEST(TrainDomains, Curve) {
+  TrainOptions options = small_run(GateKind::kHash);  // its loss is the cross-entropy
+  options.train_iters = 120;
+  const RunResult result = train_domains(comm::self_group(), fixture_data(), options);
+  ASSERT_EQ(result.curve.size(), size_t{40});  // of 3 steps: at most 50 points
+  for (size_t i = 0; i < result.curve.size(); ++i) {
+    EXPECT_EQ(result.curve[i].step, 3 * static_cast<int64_t>(i) + 3);
+    const double mean =
+        (result.losses[3 * i] + result.losses[3 * i + 1] + result.losses[3 * i + 2]) / 3;
+    EXPECT_NEAR(result.curve[i].cross_entropy, mean, 1e-12);
+  }
 }
 
 TEST(TrainDomains, WrongSettings) {
@@ -210,6 +290,15 @@ TEST(TrainDomains, WrongSettings) {
   options.idle_ranks = 2;
   text = text_of(2, options);
   EXPECT_NE(text.find("idle_ranks=2"), std::string::npos) << text;
+  options = small_run(GateKind::kTopK);
+  options.gate_lr_factor = 0;
+  text = text_of(1, options);
+  EXPECT_NE(text.find("gate_lr_factor=0"), std::string::npos) << text;
+  options = small_run(GateKind::kTopK);
+  options.lr_decay = 1.5;
+  text = text_of(1, options);
+  EXPECT_NE(text.find("lr_decay=1.5"), std::string::npos) << text;
+  EXPECT_NE(text.find("0 to 1"), std::string::npos) << text;
   options = small_run(GateKind::kTopK);
   options.ep_size = 3;
   text = text_of(4, options);

@@ -23,13 +23,21 @@ head -c 50000 "$here/fashion-mnist/train-images-idx3-ubyte.gz" >"$work/cut/train
 
 for start in "" "${mpiexec:+$mpiexec -n 2}"; do
   # shellcheck disable=SC2086
-  expect 64 "{single,hash,topk,dense,all}" $start "$train" --gate comet
+  expect 64 "{single,hash,oracle,topk,comet,dense,all}" $start "$train" --gate commet
   # shellcheck disable=SC2086
   expect 74 "examples/get_data.sh fashion" $start "$train" --data /no/such/folder
   # shellcheck disable=SC2086
   expect 65 "that its header announces" $start "$train" --data "$work/cut"
   # shellcheck disable=SC2086
   expect 64 "global_batch_size=257" $start "$train" --data "$here/fashion-mnist" --global-batch-size 257
+  # shellcheck disable=SC2086
+  expect 64 "validation_images=256" $start "$train" --data "$here/fashion-mnist" \
+    --validation-images 256
+  # shellcheck disable=SC2086
+  expect 64 "--gate: value hash is not one of" $start "$train" --task multi --gate hash
+  # shellcheck disable=SC2086
+  expect 64 "global_batch_size=129" $start "$train" --task multi --data "$here/fashion-mnist" \
+    --global-batch-size 129
   # shellcheck disable=SC2086
   expect 74 "/no/such/folder/x.json" $start "$train" --data "$here/fashion-mnist" --train-iters 1 \
     --json /no/such/folder/x.json

@@ -31,18 +31,6 @@ inline std::shared_ptr<CometGate> gate_with_logits(CometGateOptions options, con
   return gate;
 }
 
-inline Tensor dense(const GateOutput& output, int64_t num_experts) {
-  return gates::dense_weights(output.routing, num_experts);
-}
-
-/// Value of a global loss of an output over its own tokens.
-inline Tensor global_loss(const GateOutput& output, size_t i = 0) {
-  return gates::finish_global_loss(output.global_losses[i],
-                                   output.global_losses[i].local_sum.detach(),
-                                   output.stats.num_tokens, 1)
-      .value;
-}
-
 struct ReferenceComet {
   Tensor weights;      ///< [T, E]
   Tensor entropy_sum;  ///< scalar

@@ -11,11 +11,10 @@
 //   Unused              outputs that reach no loss; NotTwice: a second derivative is refused
 //   SavedBytes          the graph keeps features, logits and weights, no further [T, ...] tensor
 #include <ATen/Parallel.h>
-#include <c10/core/Allocator.h>
-#include <c10/util/ThreadLocalDebugInfo.h>
 
 #include "kernels/parallel.h"
 #include "tests/gates/comet_fixture.h"
+#include "tests/gates/live_bytes.h"
 #include "tests/gradcheck.h"
 
 namespace perseid::testing {
@@ -240,18 +239,6 @@ TEST(CometGradient, NotTwice) {
             }),
             "[comet_gate] create_graph=1 is not supported: the gate has no second derivative");
 }
-
-/// Bytes that tensors hold, while it lives.
-class LiveBytes : public c10::MemoryReportingInfoBase {
- public:
-  void reportMemoryUsage(void*, int64_t size, size_t, size_t, c10::Device) override {
-    bytes += size;
-    peak = std::max(peak, bytes);
-  }
-  void reportOutOfMemory(int64_t, size_t, size_t, c10::Device) override {}
-  bool memoryProfilingEnabled() const override { return true; }
-  int64_t bytes = 0, peak = 0;
-};
 
 TEST(CometGradient, SavedBytes) {
   const int64_t T = 2048, D = 64, E = 40, K = 2;

@@ -106,16 +106,16 @@ inline void expect_masked_tokens_change_nothing(const MakeGate& make) {
 }
 
 /// Random choices belong to the global token: two batches are their concatenation.
-inline void expect_batches_add(const MakeGate& make) {
+inline void expect_batches_add(const MakeGate& make, int64_t num_tokens = 37) {
   const auto gate = make();
   gate->to(at::kDouble);
-  const Tensor tokens = random_tensor({37, kWidth}, 1, -2, 2);
+  const Tensor tokens = random_tensor({num_tokens, kWidth}, 1, -2, 2);
   const auto run = [&](int64_t first, int64_t count) {
     GateInput input = training_input(tokens.narrow(0, first, count), first);
-    input.tokens_global = 37;
+    input.tokens_global = num_tokens;
     return gate->forward(input);
   };
-  const GateOutput a = run(0, 20), b = run(20, 17), whole = run(0, 37);
+  const GateOutput a = run(0, 20), b = run(20, num_tokens - 20), whole = run(0, num_tokens);
   EXPECT_TRUE(
       close_to(at::cat({gates::dense_weights(a.routing, 8), gates::dense_weights(b.routing, 8)}),
                gates::dense_weights(whole.routing, 8), 1e-14));
@@ -215,10 +215,10 @@ inline void expect_same_bits_for_any_thread_count(const MakeGate& make) {
   at::set_num_threads(threads_before);
 }
 
-inline void expect_gate_contract(const MakeGate& make) {
+/// All but the sum of batches.
+inline void expect_contract_of_one_batch(const MakeGate& make) {
   expect_no_tokens(make);
   expect_masked_tokens_change_nothing(make);
-  expect_batches_add(make);
   expect_pure(make);
   expect_float32_arithmetic(make);
   for (const bool training : {false, true}) {
@@ -227,6 +227,20 @@ inline void expect_gate_contract(const MakeGate& make) {
     expect_valid_routing(make()->forward(input));
   }
   expect_same_bits_for_any_thread_count(make);
+}
+
+inline void expect_gate_contract(const MakeGate& make) {
+  expect_contract_of_one_batch(make);
+  expect_batches_add(make);
+}
+
+/// Of a gate that looks at groups of tokens. @param make  a gate of this group_size
+inline void expect_group_gate_contract(
+    const std::function<std::shared_ptr<gates::Gate>(int64_t)>& make) {
+  expect_contract_of_one_batch([&] { return make(0); });
+  for (const int64_t group_size : {1, 4, 20}) {
+    expect_batches_add([&] { return make(group_size); }, 40);
+  }
 }
 
 }  // namespace perseid::testing

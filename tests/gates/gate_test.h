@@ -67,6 +67,18 @@ inline gates::NamedLoss aux_loss(const GateOutput& output, int64_t tokens_global
                                   tokens_global >= 0 ? tokens_global : output.stats.num_tokens);
 }
 
+inline Tensor dense(const GateOutput& output, int64_t num_experts) {
+  return gates::dense_weights(output.routing, num_experts);
+}
+
+/// Value of a global loss of an output over its own tokens.
+inline Tensor global_loss(const GateOutput& output, size_t i = 0) {
+  return gates::finish_global_loss(output.global_losses[i],
+                                   output.global_losses[i].local_sum.detach(),
+                                   output.stats.num_tokens, 1)
+      .value;
+}
+
 struct ReferenceRouter {
   Tensor weights;         ///< [T, E], 0 outside the selection
   Tensor score_sum;       ///< [E]

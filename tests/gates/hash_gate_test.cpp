@@ -3,8 +3,11 @@
 //   Histogram     chi-square of consecutive keys below its mean + 5 standard deviations
 //   OrderFree     the expert of a key does not depend on its place in the batch
 //   Table         entries are used, keys outside are hashed or refused
+//   SeveralHashes ids as defined, from a list of the free experts; distinct, weights 1/n
+//   SeveralSpread each hash is uniform over experts, and so are pairs of them (chi-square)
 #include "gates/hash_gate.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "gates/baseline_gates.h"
@@ -106,6 +109,73 @@ TEST(HashGate, Table) {
   // Padding may hold any key.
   const auto output = HashGate(options).forward(keyed(keys, keys.ge(0).logical_and(keys.lt(3))));
   EXPECT_EQ(ids_of(output.routing.expert_idx), (std::vector<int64_t>{4, 3, 1, 4}));
+}
+
+/// Hashes 0 .. n-1 of a key by their definition.
+std::vector<int64_t> drawn_experts(int64_t key, uint64_t seed, int64_t n, int64_t E,
+                                   int64_t hash0) {
+  std::vector<int64_t> free, taken{hash0};
+  for (int64_t e = 0; e < E; ++e) free.push_back(e);
+  free.erase(free.begin() + hash0);
+  for (int64_t h = 1; h < n; ++h) {
+    const uint64_t seed_h = kernels::random_key(seed).with(static_cast<uint64_t>(h)).value;
+    const auto place = free.begin() + kernels::hash_bucket(key, seed_h, E - h);
+    taken.push_back(*place);
+    free.erase(place);
+  }
+  return taken;
+}
+
+TEST(HashGate, SeveralHashes) {
+  const int64_t T = 37;
+  const Tensor keys = random_tensor({T}, 1, -1e9, 1e9).to(at::kLong);
+  const Tensor valid = at::arange(T, at::kLong).remainder(4).ne(2);
+  for (const int64_t E : {1, 2, 5, 8}) {
+    for (const int64_t n : {int64_t{1}, int64_t{2}, int64_t{3}, E}) {
+      if (n > E) continue;
+      HashGate gate(HashGateOptions(E).num_hashes(n).seed(42));
+      EXPECT_EQ(gate.top_k(), n);
+      const GateOutput output = gate.forward(keyed(keys));
+      EXPECT_NO_THROW(gates::validate(output.routing, E, "test"));
+      EXPECT_TRUE(same_bits(output.routing.weights, at::full({T * n}, 1. / double(n))));
+      EXPECT_EQ(output.stats.num_tokens, T);
+      EXPECT_EQ(output.stats.max_experts_per_token, n);
+      EXPECT_NEAR(output.stats.entropy_sum, double(T) * std::log(double(n)), 1e-4);
+      std::vector<int64_t> expected;
+      for (int64_t t = 0; t < T; ++t) {
+        const int64_t key = keys[t].item<int64_t>();
+        auto row = drawn_experts(key, 42, n, E, kernels::hash_bucket(key, 42, E));
+        std::sort(row.begin(), row.end());
+        expected.insert(expected.end(), row.begin(), row.end());
+      }
+      EXPECT_EQ(ids_of(output.routing.expert_idx), expected) << E << " " << n;
+
+      const GateOutput padded = gate.forward(keyed(keys, valid));
+      EXPECT_EQ(padded.stats.num_tokens, 28);
+      EXPECT_EQ(padded.stats.num_assignments, 28 * n);
+      EXPECT_EQ(padded.stats.tokens_without_expert, 0);
+      EXPECT_TRUE(close_to(gates::dense_weights(padded.routing, E),
+                           gates::dense_weights(output.routing, E) * valid.unsqueeze(1), 0));
+    }
+  }
+  // A table gives hash 0, the others avoid it.
+  const auto options = table_options({3, 1, 4}, 5).num_hashes(3).seed(7);
+  auto row = drawn_experts(2, 7, 3, 5, 4);
+  std::sort(row.begin(), row.end());
+  EXPECT_EQ(experts_of(options, at::tensor({2}, at::kLong)), row);
+}
+
+TEST(HashGate, SeveralSpread) {
+  const int64_t T = 20000, E = 8;
+  const auto experts = HashGate(HashGateOptions(E).num_hashes(2))
+                           .forward(keyed(at::arange(T, at::kLong)))
+                           .routing.expert_idx.view({T, 2});
+  const Tensor pair = experts.select(1, 0).mul(E).add(experts.select(1, 1));
+  const Tensor counts = at::bincount(pair, {}, E * E).to(at::kDouble);
+  const double freedom = double(E * (E - 1) / 2 - 1), mean = double(T) / (freedom + 1);
+  EXPECT_EQ(counts.gt(0).sum().item<int64_t>(), E * (E - 1) / 2);
+  const double chi_square = (counts - mean).square().mul(counts.gt(0)).sum().item<double>() / mean;
+  EXPECT_LT(chi_square, freedom + 5 * std::sqrt(2 * freedom));
 }
 
 TEST(HashGate, TableIsABuffer) {

@@ -43,6 +43,40 @@ TEST(Routing, FromDenseKeepsPositive) {
             (std::vector<int64_t>{0}));
 }
 
+TEST(Routing, FromMaskKeepsSelected) {
+  const Tensor weights =
+      vector_of({0, .5, 0, .25, .75, .75, 1, 0, NAN, -0., 0, -1, 3, 2, 2, 5}).view({4, 4});
+  const Tensor is_selected = at::tensor({1, 1, 0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0, 0, 0}, at::kInt)
+                                 .view({4, 4})
+                                 .to(at::kBool);
+  const Routing routing = gates::routing_from_mask(weights, is_selected);
+  EXPECT_NO_THROW(gates::validate(routing, 4, "test"));
+  EXPECT_EQ(routing.num_tokens, 4);
+  EXPECT_EQ(routing.top_k, 0);
+  EXPECT_EQ(ids_of(routing.token_offsets), (std::vector<int64_t>{0, 3, 6, 10, 10}));
+  EXPECT_EQ(ids_of(routing.expert_idx), (std::vector<int64_t>{1, 3, 0, 2, 0, 1, 1, 2, 3, 0}));
+  EXPECT_TRUE(same_bits(routing.weights, vector_of({.5, .25, 0, 1, .75, .75, -0., 0, -1, NAN})));
+  EXPECT_EQ(gates::routing_from_mask(weights.to(at::kBFloat16), is_selected).weights.scalar_type(),
+            at::kFloat);
+  const Routing none = gates::routing_from_mask(weights.slice(0, 0, 0), is_selected.slice(0, 0, 0));
+  EXPECT_EQ(ids_of(none.token_offsets), (std::vector<int64_t>{0}));
+
+  const Tensor table = random_tensor({7, 5}, 3), chosen = random_tensor({7, 5}, 4).gt(0);
+  EXPECT_TRUE(same_bits(gates::dense_weights(gates::routing_from_mask(table, chosen), 5),
+                        at::where(chosen, table, 0.)));
+  EXPECT_TRUE(gradients_match(
+      [&] { return std::vector<Tensor>{gates::routing_from_mask(table, chosen).weights}; },
+      {table}));
+  const auto text = [](const Tensor& a, const Tensor& b) {
+    return error_text<ConfigError>([&] { gates::routing_from_mask(a, b); });
+  };
+  EXPECT_EQ(text(chosen, chosen),
+            "[routing_from_mask] weights=Bool[7, 5] is not a floating [T, E] table");
+  EXPECT_EQ(text(table, table),
+            "[routing_from_mask] is_selected=Double[7, 5] is not a bool table of the shape of "
+            "weights=Double[7, 5]");
+}
+
 TEST(Routing, DenseIsInverse) {
   const Tensor weights = random_tensor({37, 5}, 1).relu();
   EXPECT_TRUE(same_bits(gates::dense_weights(gates::routing_from_dense(weights), 5), weights));

@@ -56,8 +56,9 @@ Result<T, A> run(const Case<T, A>& c, bool reference, bool with_valid = true) {
   return r;
 }
 
-const std::vector<RouterLinearShape> kShapes = {
-    {0, 3, 5}, {1, 1, 1}, {7, 5, 13}, {97, 8, 128}, {515, 17, 33}, {1100, 64, 65}, {6, 100, 16}};
+const std::vector<RouterLinearShape> kShapes = {{0, 3, 5},    {1, 1, 1},      {7, 5, 13},
+                                                {97, 8, 128}, {515, 17, 33},  {1100, 64, 65},
+                                                {6, 100, 16}, {13, 100, 2000}};
 
 template <typename T, typename A>
 void expect_reference() {

@@ -1,5 +1,6 @@
 // Gates in the layer, where sums over ranks and micro-batches are formed.
-//   RanksEqualOne    losses and router gradients of each gate at 1, 2 and 3 ranks, 1e-12
+//   RanksEqualOne    losses and router gradients of each gate at 1, 2, 3 and 4 ranks, one of them
+//                    without tokens, 1e-12
 //   MicroBatches     the load-balance loss of two micro-batches is that of the whole batch
 //   AfterStep        statistics of all ranks move expert_bias and l1_coeff alike on every rank
 #include <gtest/gtest.h>
@@ -7,9 +8,11 @@
 #include <functional>
 #include <mutex>
 
+#include "gates/dselect_k_gate.h"
 #include "gates/gshard_gate.h"
 #include "gates/noisy_top_k_gate.h"
 #include "gates/remoe_gate.h"
+#include "gates/statistical_top_k_gate.h"
 #include "moe/gradients.h"
 #include "tests/moe/layer_fixture.h"
 
@@ -31,6 +34,17 @@ std::shared_ptr<MoELayer> layer_with(const std::shared_ptr<gates::Gate>& gate,
 
 gates::TopKGateOptions top_k() {
   return gates::TopKGateOptions(kDModel, kExperts).z_loss_coeff(.1);
+}
+
+/// Some of its switches are saturated.
+std::shared_ptr<gates::Gate> dselect_k(bool per_token) {
+  auto gate = std::make_shared<gates::DSelectKGate>(
+      gates::DSelectKGateOptions(kDModel, kExperts).balance_coeff(.2).per_token(per_token));
+  uint64_t seed = 3;
+  for (at::Tensor& parameter : gate->parameters()) {
+    parameter.set_data(random_tensor(parameter.sizes(), ++seed, -.6, .6, at::kFloat));
+  }
+  return gate;
 }
 
 const std::vector<MakeGate>& all_gates() {
@@ -60,13 +74,20 @@ const std::vector<MakeGate>& all_gates() {
         return std::make_shared<gates::ReMoEGate>(
             gates::ReMoEGateOptions(kDModel, kExperts).l1_coeff_start(.1));
       },
+      [] { return dselect_k(/*per_token=*/true); },
+      [] { return dselect_k(/*per_token=*/false); },
+      [] {
+        return std::make_shared<gates::StatisticalTopKGate>(
+            gates::StatisticalTopKGateOptions(kDModel, kExperts).balance_coeff(.2));
+      },
   };
   return gates;
 }
 
 std::vector<int64_t> shares(int num_ranks) {
   if (num_ranks == 1) return {kTokens};
-  return num_ranks == 2 ? std::vector<int64_t>{30, 7} : std::vector<int64_t>{20, 0, 17};
+  if (num_ranks == 2) return {30, 7};
+  return num_ranks == 3 ? std::vector<int64_t>{20, 0, 17} : std::vector<int64_t>{20, 0, 6, 11};
 }
 
 struct Step {
@@ -109,7 +130,7 @@ TEST(LayerGates, RanksEqualOne) {
     SCOPED_TRACE(number++);
     const Step one = run(make, 1);
     EXPECT_GT(one.gradients.at(0).abs().max().item<double>(), 0);
-    for (const int num_ranks : {2, 3}) {
+    for (const int num_ranks : {2, 3, 4}) {
       const Step many = run(make, num_ranks);
       EXPECT_NEAR(many.loss, one.loss, 1e-12 * std::abs(one.loss));
       for (size_t i = 0; i < one.gradients.size(); ++i) {
