@@ -19,7 +19,7 @@ at::Tensor form_logits(const DSelectKGate& gate, const GateInput& input) {
   const at::Tensor bias = at::cat({gate.code_bias, gate.selector_bias});
   if (!gate.options().per_token()) return bias.to(router_compute_type(bias)).unsqueeze(0);
   const at::Tensor weight = at::cat({gate.code_weight, gate.selector_weight});
-  return linear_logits(linear_features(input, gate.options().input_norm(), weight), weight, bias,
+  return linear_logits(router_features(input, gate.options().input_norm(), weight), weight, bias,
                        input.valid.value_or(at::Tensor()));
 }
 

@@ -69,7 +69,7 @@ GateOutput ExpertChoiceGate::forward(const GateInput& input) {
   LinearRouterOptions router;
   router.score_shares = true;  // softmax over all experts; the router's own selection is not used
   const LinearRouterOutput routed =
-      linear_router(router_features(input.tokens, options_.input_norm(), weight), weight, {},
+      linear_router(router_features(input, options_.input_norm(), weight), weight, {},
                     input.valid.value_or(Tensor()), router);
 
   const Tensor& shares = routed.score_shares;

@@ -9,7 +9,6 @@
 #include <limits>
 
 #include "gates/linear_router.h"
-#include "gates/smooth_step_gate.h"
 #include "kernels/error.h"
 #include "kernels/random.h"
 
@@ -52,11 +51,6 @@ at::Tensor valid_tokens(const GateInput& input) {
 at::Tensor router_features(const GateInput& input, InputNorm norm, const at::Tensor& weight) {
   if (norm == InputNorm::kNone) return input.tokens;  // no second copy of them is kept
   return gate_features(valid_tokens(input), norm, router_compute_type(weight));
-}
-
-at::Tensor linear_features(const GateInput& input, InputNorm norm, const at::Tensor& weight) {
-  if (norm == InputNorm::kNone) return input.tokens;
-  return smooth_step_features(input, norm, router_compute_type(weight));
 }
 
 int64_t count_valid(const GateInput& input) {

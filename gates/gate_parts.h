@@ -28,10 +28,6 @@ at::Tensor valid_tokens(const GateInput& input);
 /// arithmetic.
 at::Tensor router_features(const GateInput& input, InputNorm norm, const at::Tensor& weight);
 
-/// What linear_logits reads of them: as router_features, but with a norm the rows of tokens that
-/// are not valid are zeros, as a NaN in them would reach the gradient through the norm.
-at::Tensor linear_features(const GateInput& input, InputNorm norm, const at::Tensor& weight);
-
 /// Valid tokens of this call, and the divisor of means over tokens.
 int64_t count_valid(const GateInput& input);
 int64_t tokens_global_of(const GateInput& input, int64_t num_valid);

@@ -93,7 +93,7 @@ GateOutput StatisticalTopKGate::forward(const GateInput& input) {
     require_input(input, weight, kOperation);
     const Tensor valid = input.valid.value_or(Tensor());
     const Tensor logits =
-        linear_logits(linear_features(input, options_.input_norm(), weight), weight, {}, valid);
+        linear_logits(router_features(input, options_.input_norm(), weight), weight, {}, valid);
     kernels::StatisticalTopKOptions kernel;
     kernel.unbiased = options_.unbiased();
     kernel.detach_threshold = options_.detach_threshold();

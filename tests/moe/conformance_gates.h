@@ -7,10 +7,12 @@
 
 #include "gates/baseline_gates.h"
 #include "gates/comet_gate.h"
+#include "gates/dselect_k_gate.h"
 #include "gates/gshard_gate.h"
 #include "gates/hash_gate.h"
 #include "gates/noisy_top_k_gate.h"
 #include "gates/remoe_gate.h"
+#include "gates/statistical_top_k_gate.h"
 #include "gates/top_k_gate.h"
 #include "tests/closed_form.h"
 #include "tests/moe/layer_fixture.h"
@@ -99,6 +101,13 @@ inline const std::vector<ConformingGate>& conforming_gates() {
   const auto remoe = [](S s) {
     return ReMoEGateOptions(kDModel, s.num_experts).top_k(s.top_k).l1_coeff_start(.1);
   };
+  const auto dselect = [](S s) {
+    return DSelectKGateOptions(kDModel, s.num_experts).top_k(s.top_k).balance_coeff(.2);
+  };
+  const auto statistical = [](S s) {  // K is an average below E
+    const int64_t top_k = std::max<int64_t>(1, std::min(s.top_k, s.num_experts - 1));
+    return StatisticalTopKGateOptions(kDModel, s.num_experts).top_k(top_k);
+  };
   static const std::vector<ConformingGate> list = {
       gate_of<TopKGate>("top_k_softmax", [=](S s) { return top_k(s).z_loss_coeff(.1); }),
       gate_of<TopKGate>("top_k_all", [=](S s) { return top_k(s).normalization(all).bias(true); }),
@@ -122,6 +131,17 @@ inline const std::vector<ConformingGate>& conforming_gates() {
       gate_of<CometGate>("comet_min_weight", [=](S s) { return comet(s).min_weight(.03); }),
       gate_of<CometGate>("comet_hard_eval", [=](S s) { return comet(s).hard_eval(true); }),
       gate_of<CometGate>("comet_static", [=](S s) { return comet(s).per_token(false); }),
+      gate_of<DSelectKGate>("dselect_k", dselect),
+      gate_of<DSelectKGate>("dselect_k_renorm", [=](S s) { return dselect(s).renormalize(true); }),
+      gate_of<DSelectKGate>("dselect_k_hard_eval", [=](S s) { return dselect(s).hard_eval(true); }),
+      gate_of<DSelectKGate>("dselect_k_static", [=](S s) { return dselect(s).per_token(false); }),
+      gate_of<StatisticalTopKGate>("statistical_top_k", statistical),
+      gate_of<StatisticalTopKGate>("statistical_cap", [=](S s) { return statistical(s).cap(2); }),
+      gate_of<HashGate>(
+          "hash_2",
+          [](S s) {
+            return HashGateOptions(s.num_experts).num_hashes(std::min<int64_t>(2, s.num_experts));
+          }),
       gate_of<HashGate>("hash", [](S s) { return HashGateOptions(s.num_experts); }),
       gate_of<DenseGate>("dense", top_k),
       {"single",
