@@ -57,8 +57,8 @@ GateOutput SinkhornGate::forward(const GateInput& input) {
   require_input(input, weight, kOperation);
   const auto groups = token_groups(input, options_.group_size(), kOperation);
   const Tensor valid = input.valid.value_or(Tensor());
-  const Tensor logits = linear_logits(router_features(input.tokens, options_.input_norm(), weight),
-                                      weight, {}, valid);
+  const Tensor logits =
+      linear_logits(router_features(input, options_.input_norm(), weight), weight, {}, valid);
   const Tensor scores = logits.detach();
   LinearRouterOptions selection;
   selection.top_k = top_k();
