@@ -9,6 +9,7 @@
 #include "comm/collectives.h"
 #include "gates/baseline_gates.h"
 #include "gates/comet_gate.h"
+#include "gates/dselect_k_gate.h"
 #include "gates/hash_gate.h"
 #include "gates/top_k_gate.h"
 #include "moe/grouped_mlp.h"
@@ -64,6 +65,9 @@ std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options, int64_t d_mo
     case GateKind::kDense:
       return std::make_shared<gates::DenseGate>(
           router_options(options, d_model, gate_id).aux_loss_coeff(0));
+    case GateKind::kDSelectK:
+      return std::make_shared<gates::DSelectKGate>(
+          switch_options<gates::DSelectKGateOptions>(options, d_model, gate_id));
     case GateKind::kComet:
       return std::make_shared<gates::CometGate>(
           switch_options<gates::CometGateOptions>(options, d_model, gate_id));

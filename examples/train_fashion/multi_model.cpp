@@ -43,12 +43,13 @@ int64_t num_parameters(const nn::Module& module) {
   return count;
 }
 
-/// Experts that one gate selects for a sample; of COMET, once its trees have become hard.
+/// Experts that one gate selects for a sample; of DSelect-k and COMET, once they have become hard.
 int64_t selected_experts(const TrainOptions& options) {
   switch (options.gate) {
     case GateKind::kDense:
       return options.num_experts;
     case GateKind::kTopK:
+    case GateKind::kDSelectK:
     case GateKind::kComet:
       return options.top_k;
     case GateKind::kSingle:

@@ -21,18 +21,22 @@ const std::map<std::string, std::vector<GateKind>> kGates = {
     {"hash", {GateKind::kHash}},
     {"oracle", {GateKind::kOracle}},
     {"topk", {GateKind::kTopK}},
+    {"dselectk", {GateKind::kDSelectK}},
     {"comet", {GateKind::kComet}},
     {"dense", {GateKind::kDense}},
     {"all",
-     {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kComet,
-      GateKind::kDense}}};
+     {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kDSelectK,
+      GateKind::kComet, GateKind::kDense}}};
 /// Those of task multi: its images have no domain, and a key has no meaning.
 const std::map<std::string, std::vector<GateKind>> kMultiGates = {
     {"single", {GateKind::kSingle}},
     {"topk", {GateKind::kTopK}},
+    {"dselectk", {GateKind::kDSelectK}},
     {"comet", {GateKind::kComet}},
     {"dense", {GateKind::kDense}},
-    {"all", {GateKind::kSingle, GateKind::kTopK, GateKind::kComet, GateKind::kDense}}};
+    {"all",
+     {GateKind::kSingle, GateKind::kTopK, GateKind::kDSelectK, GateKind::kComet,
+      GateKind::kDense}}};
 const std::map<std::string, Task> kTasks = {{"domains", Task::kDomains}, {"multi", Task::kMulti}};
 const std::map<std::string, Protocol> kProtocols = {{"small", Protocol::kSmall},
                                                     {"published", Protocol::kPublished}};
@@ -132,8 +136,8 @@ void set_defaults(int argc, const char* const* argv, ProgramOptions& options, Wo
 }
 
 std::vector<std::string> gate_words(Task task) {
-  if (task == Task::kMulti) return {"single", "topk", "comet", "dense", "all"};
-  return {"single", "hash", "oracle", "topk", "comet", "dense", "all"};
+  if (task == Task::kMulti) return {"single", "topk", "dselectk", "comet", "dense", "all"};
+  return {"single", "hash", "oracle", "topk", "dselectk", "comet", "dense", "all"};
 }
 
 void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
@@ -153,7 +157,7 @@ void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
       ->capture_default_str()
       ->group("Model");
   app.add_option("--moe-router-topk,--top-k", train.top_k,
-                 "experts per image of the topk gate, trees of the comet gate")
+                 "experts per image of the topk gate, selectors of dselectk, trees of comet")
       ->check(in_range<int64_t>(1, 4096))
       ->capture_default_str()
       ->group("Model");
@@ -174,12 +178,13 @@ void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
       ->check(in_range<double>(0, 1e6))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--gamma", train.gamma, "width of the switches of the comet gate")
+  app.add_option("--gamma", train.gamma, "width of the switches of dselectk and comet")
       ->check(in_range<double>(1e-6, 1e6))
       ->capture_default_str()
       ->group("Model");
-  app.add_option("--entropy-coeff", train.entropy_coeff,
-                 "coefficient of the entropy of the trees, which makes them choose one leaf")
+  app.add_option(
+         "--entropy-coeff", train.entropy_coeff,
+         "coefficient of the entropy of selectors and trees, which makes them choose one expert")
       ->check(in_range<double>(0, 1e6))
       ->capture_default_str()
       ->group("Model");
@@ -188,7 +193,8 @@ void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
       ->check(in_range<double>(0, 1))
       ->capture_default_str()
       ->group("Model");
-  app.add_flag("--hard-eval", train.hard_eval, "in the test each tree takes its largest leaf alone")
+  app.add_flag("--hard-eval", train.hard_eval,
+               "in the test each selector or tree takes its largest expert alone")
       ->group("Model");
   app.add_option("--moe-expert-capacity-factor,--capacity-factor", train.capacity_factor,
                  "room of an expert as a multiple of its fair share of the images of a rank; 0 "

@@ -25,6 +25,10 @@ std::string gate_text(GateKind gate, const TrainOptions& train) {
       return format_text("hash  (floor(1000 * sum of pixels) mod %lld)", experts);
     case GateKind::kOracle:
       return format_text("oracle  (the domain, mod %lld)", experts);
+    case GateKind::kDSelectK:
+      return format_text("dselectk  (at most k=%lld of %lld, one a selector; gamma %g%s)",
+                         static_cast<long long>(train.top_k), experts, train.gamma,
+                         train.hard_eval ? ", hard in the test" : "");
     case GateKind::kComet:
       return format_text("comet  (at most k=%lld of %lld, one a tree; gamma %g%s)",
                          static_cast<long long>(train.top_k), experts, train.gamma,

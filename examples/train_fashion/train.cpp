@@ -2,6 +2,7 @@
 
 #include <ATen/ops/from_blob.h>
 
+#include <bit>
 #include <chrono>
 
 #include "comm/collectives.h"
@@ -91,6 +92,8 @@ const char* gate_name(GateKind gate) {
       return "oracle";
     case GateKind::kTopK:
       return "topk";
+    case GateKind::kDSelectK:
+      return "dselectk";
     case GateKind::kComet:
       return "comet";
     case GateKind::kDense:
@@ -111,6 +114,11 @@ ParameterCount count_parameters(const TrainOptions& options) {
       break;
     case GateKind::kTopK:
       linear_outputs = E;
+      selected = options.top_k;
+      break;
+    case GateKind::kDSelectK:
+      linear_outputs =
+          E > 1 ? options.top_k * (1 + std::bit_width(static_cast<uint64_t>(E - 1))) : 0;
       selected = options.top_k;
       break;
     case GateKind::kComet:

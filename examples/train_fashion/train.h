@@ -10,7 +10,7 @@
 
 namespace perseid::examples {
 
-enum class GateKind : uint8_t { kSingle, kHash, kOracle, kTopK, kComet, kDense };
+enum class GateKind : uint8_t { kSingle, kHash, kOracle, kTopK, kDSelectK, kComet, kDense };
 const char* gate_name(GateKind gate);
 
 /// Settings of one run; defaults are the recipe of README.md.
@@ -21,11 +21,11 @@ struct TrainOptions {
   double aux_loss_coeff = 0;
   double z_loss_coeff = 0;
   double balance_coeff = 0.25;  ///< of gates::balance_entropy_loss, for gates with weights to train
-  double gamma = 1;             ///< width of the switches of COMET
-  double entropy_coeff = 0.3;   ///< pulls its trees to one leaf
+  double gamma = 1;             ///< width of the switches of DSelect-k and COMET
+  double entropy_coeff = 0.3;   ///< pulls their selectors and trees to one expert
   double entropy_ramp = 0.5;    ///< share of the run over which entropy_coeff grows from 0
   bool input_norm = true;       ///< the gate reads LayerNorm(x) / sqrt(D); false: the pixels x
-  bool hard_eval = false;       ///< in the test each of its trees takes one leaf
+  bool hard_eval = false;       ///< in the test each selector and tree takes one expert
   double capacity_factor = 0;   ///< 0: dropless
   kernels::DType dtype = kernels::DType::kFloat32;
   double lr = 1e-3;
@@ -41,8 +41,8 @@ struct TrainOptions {
   int64_t log_interval = 100;  ///< steps between two reports
 };
 
-/// Parameters of the whole model and those that one image meets; of COMET, once its trees have
-/// become hard.
+/// Parameters of the whole model and those that one image meets; of
+/// DSelect-k and COMET, once their switches have become hard.
 struct ParameterCount {
   int64_t total = 0;
   int64_t active = 0;

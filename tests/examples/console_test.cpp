@@ -186,8 +186,9 @@ TEST(CommandLine, DefaultsOfTheTask) {
   EXPECT_EQ(line.options.train.epochs, 200);
   EXPECT_EQ(line.options.train.lr, .25);
   EXPECT_TRUE(line.options.train.input_norm);
-  EXPECT_EQ(line.options.gates, (std::vector<GateKind>{GateKind::kSingle, GateKind::kTopK,
-                                                       GateKind::kComet, GateKind::kDense}));
+  EXPECT_EQ(line.options.gates,
+            (std::vector<GateKind>{GateKind::kSingle, GateKind::kTopK, GateKind::kDSelectK,
+                                   GateKind::kComet, GateKind::kDense}));
   line = parse({"--task", "multi", "--help"});
   EXPECT_NE(line.text.find("over all ranks"), std::string::npos);
   EXPECT_NE(line.text.find("=0.0005"), std::string::npos) << line.text;
@@ -196,9 +197,10 @@ TEST(CommandLine, DefaultsOfTheTask) {
 TEST(CommandLine, SeveralSeedsAndAllGates) {
   const CommandLine line = parse({"--gate", "all", "--seeds", "0", "1", "2"});
   ASSERT_TRUE(line.run) << line.text;
-  EXPECT_EQ(line.options.gates,
-            (std::vector<GateKind>{GateKind::kSingle, GateKind::kHash, GateKind::kOracle,
-                                   GateKind::kTopK, GateKind::kComet, GateKind::kDense}));
+  EXPECT_EQ(
+      line.options.gates,
+      (std::vector<GateKind>{GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK,
+                             GateKind::kDSelectK, GateKind::kComet, GateKind::kDense}));
   EXPECT_EQ(line.options.seeds, (std::vector<uint64_t>{0, 1, 2}));
 }
 
@@ -209,10 +211,10 @@ TEST(CommandLine, WrongValues) {
   };
   for (const Case& c : std::vector<Case>{
            {{"--gate", "commet"},
-            {"--gate", "commet", "{single,hash,oracle,topk,comet,dense,all}"}},
+            {"--gate", "commet", "{single,hash,oracle,topk,dselectk,comet,dense,all}"}},
            {{"--task", "single"}, {"--task", "single", "{domains,multi}"}},
            {{"--task", "multi", "--gate", "hash"},
-            {"--gate", "value hash", "{single,topk,comet,dense,all}"}},
+            {"--gate", "value hash", "{single,topk,dselectk,comet,dense,all}"}},
            {{"--task", "multi", "--validation-images", "9"},
             {"--validation-images", "--task domains"}},
            {{"--protocol", "small"}, {"--protocol", "--task multi"}},
@@ -263,7 +265,7 @@ TEST(CommandLine, HelpShowsDefaultsAndRanges) {
   EXPECT_EQ(line.exit_code, 0);
   for (const char* part :
        {"--moe-router-topk,--top-k", "1 to 4096", "=8", "images of a step",
-        "{single,hash,oracle,topk,comet,dense,all}", "the protocol of this task has 0"}) {
+        "{single,hash,oracle,topk,dselectk,comet,dense,all}", "the protocol of this task has 0"}) {
     EXPECT_NE(line.text.find(part), std::string::npos) << part << " in:\n" << line.text;
   }
 }

@@ -120,8 +120,10 @@ TEST_P(SameAtAnyRankCount, Float32) {
   options.idle_ranks = 1;
   // Ranks add up partial sums for the gate, replicas of an expert for that. Adam divides a gradient
   // by its size, so where it is nearly 0 a float32 rounding error becomes a step of that one
-  // weight: the switches of COMET have gradients of exactly 0 beside small ones.
-  const Compare compare = GetParam() == GateKind::kComet ? Compare::kNorm : Compare::kMax;
+  // weight: the switches of smooth-step gates have gradients of exactly 0 beside small ones.
+  const Compare compare = GetParam() == GateKind::kComet || GetParam() == GateKind::kDSelectK
+                              ? Compare::kNorm
+                              : Compare::kMax;
   expect_equal_runs(reference, run(2, options), 1e-5, compare);
   expect_equal_runs(reference, run(4, options), 1e-5, compare);
   for (const int64_t ep_size : {1, 2}) {
@@ -141,8 +143,9 @@ TEST_P(SameAtAnyRankCount, AnyNumberOfExperts) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Gates, SameAtAnyRankCount,
-                         ::testing::Values(GateKind::kTopK, GateKind::kComet, GateKind::kHash,
-                                           GateKind::kOracle, GateKind::kDense, GateKind::kSingle),
+                         ::testing::Values(GateKind::kTopK, GateKind::kDSelectK, GateKind::kComet,
+                                           GateKind::kHash, GateKind::kOracle, GateKind::kDense,
+                                           GateKind::kSingle),
                          [](const auto& test) { return std::string(gate_name(test.param)); });
 
 TEST(TrainDomains, Repeats) {
@@ -156,8 +159,9 @@ TEST(TrainDomains, Repeats) {
 }
 
 TEST(TrainDomains, LossFalls) {
-  for (const GateKind gate : {GateKind::kSingle, GateKind::kHash, GateKind::kOracle,
-                              GateKind::kTopK, GateKind::kComet, GateKind::kDense}) {
+  for (const GateKind gate :
+       {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kDSelectK,
+        GateKind::kComet, GateKind::kDense}) {
     for (const kernels::DType dtype : {kernels::DType::kFloat32, kernels::DType::kBFloat16}) {
       TrainOptions options = small_run(gate);
       options.dtype = dtype;
@@ -172,8 +176,9 @@ TEST(TrainDomains, LossFalls) {
 }
 
 TEST(TrainDomains, CountsAreRight) {
-  for (const GateKind gate : {GateKind::kSingle, GateKind::kHash, GateKind::kOracle,
-                              GateKind::kTopK, GateKind::kComet, GateKind::kDense}) {
+  for (const GateKind gate :
+       {GateKind::kSingle, GateKind::kHash, GateKind::kOracle, GateKind::kTopK, GateKind::kDSelectK,
+        GateKind::kComet, GateKind::kDense}) {
     TrainOptions options = small_run(gate);
     options.train_iters = 2;
     int64_t reports = 0;
@@ -186,7 +191,8 @@ TEST(TrainDomains, CountsAreRight) {
           EXPECT_GT(report.tokens_per_second, 0);
         });
     EXPECT_EQ(reports, 2);
-    const bool is_dense = gate == GateKind::kDense || gate == GateKind::kComet;  // it starts so
+    const bool is_dense = gate == GateKind::kDense || gate == GateKind::kComet ||
+                          gate == GateKind::kDSelectK;  // they start so
     const int64_t active = is_dense ? 8 : gate == GateKind::kTopK ? 2 : 1;
     if (!is_dense) {
       EXPECT_NEAR(result.experts_per_token, static_cast<double>(active), .05);

@@ -23,7 +23,7 @@ head -c 50000 "$here/fashion-mnist/train-images-idx3-ubyte.gz" >"$work/cut/train
 
 for start in "" "${mpiexec:+$mpiexec -n 2}"; do
   # shellcheck disable=SC2086
-  expect 64 "{single,hash,oracle,topk,comet,dense,all}" $start "$train" --gate commet
+  expect 64 "{single,hash,oracle,topk,dselectk,comet,dense,all}" $start "$train" --gate commet
   # shellcheck disable=SC2086
   expect 74 "examples/get_data.sh fashion" $start "$train" --data /no/such/folder
   # shellcheck disable=SC2086
