@@ -109,12 +109,12 @@ TEST(CommandLine, DefaultsAreTheRecipe) {
   EXPECT_EQ(train.global_batch_size, 256);
   EXPECT_EQ(train.epochs, 6);
   EXPECT_EQ(train.aux_loss_coeff, 0);
-  EXPECT_EQ(train.lr, 1e-3);
-  EXPECT_EQ(train.gate_lr_factor, 3);
-  EXPECT_EQ(train.lr_decay, .3);
+  EXPECT_EQ(train.lr, 8e-3);
+  EXPECT_EQ(train.gate_lr_factor, 2);
+  EXPECT_EQ(train.lr_decay, .5);
   EXPECT_EQ(train.balance_coeff, .25);
   EXPECT_EQ(train.gamma, 1);
-  EXPECT_EQ(train.entropy_coeff, .3);
+  EXPECT_EQ(train.entropy_coeff, 1);
   EXPECT_EQ(train.entropy_ramp, .5);
   EXPECT_FALSE(train.hard_eval);
   EXPECT_EQ(line.options.validation_images, 0);

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The same run in one process and under mpirun at 1, 2 and 4 ranks, also with a rank without images:
-# losses and weights after 50 steps must agree, and after 10 of the task with two gates.
+# losses and weights after 50 steps must agree. DSelect-k and COMET at 2 ranks, one of them idle; two
+# tasks with a gate each after 10 steps.
 #   mpi_equality.sh TRAIN_FASHION MPIEXEC FOLDER_OF_THIS_TEST WORK_FOLDER
 set -euo pipefail
 train=$1 mpiexec=$2 here=$3 work=$4
@@ -12,7 +13,7 @@ run() { # NAME DTYPE COMMAND... : a run that writes NAME.json
   local name=$1 dtype=$2
   shift 2
   "$@" --data "$here/fashion-mnist" --global-batch-size 58 --train-iters "$steps" --dtype "$dtype" \
-    --threads 1 --dump "$work/$name.$dtype.json" >"$work/$name.log" 2>&1 || {
+    --lr 1e-3 --threads 1 --dump "$work/$name.$dtype.json" >"$work/$name.log" 2>&1 || {
     echo "failed: $*" >&2
     cat "$work/$name.log" >&2
     exit 1
@@ -32,6 +33,14 @@ for dtype in float64 float32; do
     "$work"/{local4,mpi1,mpi2,mpi4}."$dtype.json"
   python3 "$here/compare_dumps.py" "$kind" "$tolerance" "$work/one.$dtype.json" \
     "$work/mpi4replicas.$dtype.json"
+done
+
+# Gates whose number of experts varies, and a loss of the mean weights of all ranks.
+for gate in dselectk comet; do
+  run one "float64" "$train" --gate "$gate"
+  run mpi2 "float64" "$mpiexec" -n 2 "$train" --gate "$gate"
+  run mpi2idle "float64" "$mpiexec" -n 2 "$train" --gate "$gate" --idle-ranks 1
+  python3 "$here/compare_dumps.py" max 1e-12 "$work"/{one,mpi2,mpi2idle}.float64.json
 done
 
 # Two tasks with a gate each.
