@@ -43,8 +43,7 @@ int64_t num_parameters(const nn::Module& module) {
   return count;
 }
 
-/// Experts that one gate selects for a sample; of DSelect-k and COMET, once their switches have
-/// become hard.
+/// Experts that one gate selects for a sample; of DSelect-k and COMET, once they have become hard.
 int64_t selected_experts(const TrainOptions& options) {
   switch (options.gate) {
     case GateKind::kDense:

@@ -136,8 +136,8 @@ void set_defaults(int argc, const char* const* argv, ProgramOptions& options, Wo
 }
 
 std::vector<std::string> gate_words(Task task) {
-  if (task == Task::kMulti) return {"single", "topk", "comet", "dense", "all"};
-  return {"single", "hash", "oracle", "topk", "comet", "dense", "all"};
+  if (task == Task::kMulti) return {"single", "topk", "dselectk", "comet", "dense", "all"};
+  return {"single", "hash", "oracle", "topk", "dselectk", "comet", "dense", "all"};
 }
 
 void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {

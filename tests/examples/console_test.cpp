@@ -186,8 +186,9 @@ TEST(CommandLine, DefaultsOfTheTask) {
   EXPECT_EQ(line.options.train.epochs, 200);
   EXPECT_EQ(line.options.train.lr, .25);
   EXPECT_TRUE(line.options.train.input_norm);
-  EXPECT_EQ(line.options.gates, (std::vector<GateKind>{GateKind::kSingle, GateKind::kTopK,
-                                                       GateKind::kComet, GateKind::kDense}));
+  EXPECT_EQ(line.options.gates,
+            (std::vector<GateKind>{GateKind::kSingle, GateKind::kTopK, GateKind::kDSelectK,
+                                   GateKind::kComet, GateKind::kDense}));
   line = parse({"--task", "multi", "--help"});
   EXPECT_NE(line.text.find("over all ranks"), std::string::npos);
   EXPECT_NE(line.text.find("=0.0005"), std::string::npos) << line.text;
@@ -213,7 +214,7 @@ TEST(CommandLine, WrongValues) {
             {"--gate", "commet", "{single,hash,oracle,topk,dselectk,comet,dense,all}"}},
            {{"--task", "single"}, {"--task", "single", "{domains,multi}"}},
            {{"--task", "multi", "--gate", "hash"},
-            {"--gate", "value hash", "{single,topk,comet,dense,all}"}},
+            {"--gate", "value hash", "{single,topk,dselectk,comet,dense,all}"}},
            {{"--task", "multi", "--validation-images", "9"},
             {"--validation-images", "--task domains"}},
            {{"--protocol", "small"}, {"--protocol", "--task multi"}},

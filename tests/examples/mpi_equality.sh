@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The same run in one process and under mpirun at 1, 2 and 4 ranks, also with a rank without images:
-# losses and weights after 50 steps must agree, and after 10 of the task with two gates. DSelect-k
-# and COMET at 2 ranks, one of them idle.
+# losses and weights after 50 steps must agree. DSelect-k and COMET at 2 ranks, one of them idle; two
+# tasks with a gate each after 10 steps.
 #   mpi_equality.sh TRAIN_FASHION MPIEXEC FOLDER_OF_THIS_TEST WORK_FOLDER
 set -euo pipefail
 train=$1 mpiexec=$2 here=$3 work=$4

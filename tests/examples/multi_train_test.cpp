@@ -131,6 +131,7 @@ TEST_P(MultiSameAtAnyRankCount, Float64) {
 
 INSTANTIATE_TEST_SUITE_P(Gates, MultiSameAtAnyRankCount,
                          ::testing::Values(RankCase{GateKind::kTopK, ExpertKind::kMlp},
+                                           RankCase{GateKind::kDSelectK, ExpertKind::kMlp},
                                            RankCase{GateKind::kComet, ExpertKind::kMlp},
                                            RankCase{GateKind::kDense, ExpertKind::kMlp},
                                            RankCase{GateKind::kSingle, ExpertKind::kMlp},
@@ -274,6 +275,7 @@ TEST(TrainMulti, LossFalls) {
                         Case{GateKind::kTopK, ExpertKind::kMlp, false},
                         Case{GateKind::kTopK, ExpertKind::kMlp, true},
                         Case{GateKind::kTopK, ExpertKind::kConv, false},
+                        Case{GateKind::kDSelectK, ExpertKind::kMlp, true},
                         Case{GateKind::kComet, ExpertKind::kMlp, false},
                         Case{GateKind::kComet, ExpertKind::kMlp, true},
                         Case{GateKind::kDense, ExpertKind::kMlp, false}}) {
