@@ -193,9 +193,11 @@ perseid_setup_python() {
   perseid_need_disk "$perseid_root" 6000 "what torch needs in Python"
   mkdir -p "$perseid_venv/tmp"
   perseid_python "$perseid_venv/bin/python" -m pip -q --no-input --disable-pip-version-check \
-    install --only-binary=:all: "${wheels[@]}" ||
+    install --only-binary=:all: "${wheels[@]}" >"$perseid_venv/tmp/log" 2>&1 || {
+    cat "$perseid_venv/tmp/log" >&2
     perseid_stop "pip could not install ${wheels[*]}; its words stand above. Check the network, then" \
       "call this again"
+  }
   rm -rf "$perseid_venv/tmp"
   perseid_can_import_torch ||
     perseid_stop "$perseid_venv/bin/python cannot import torch after all; call it with -c 'import torch'" \

@@ -154,6 +154,19 @@ class ReMoEGate(LinearGate):
         self.l1_coeff.mul_(factor).clamp_(1e-12, 1e2)
 
 
+class ExpertChoiceGate(LinearGate):
+    """Experts choose tokens: equal loads, 0 to E experts per token. Not causal."""
+
+    operation = "expert_choice_gate"
+
+
+class StatisticalTopKGate(LinearGate):
+    """About top_k experts per token: those above a threshold by mean and spread of the logits."""
+
+    operation = "statistical_top_k_gate"
+    loss_names = ("balance_loss",)
+
+
 class CometGate(Gate):
     """top_k trees of smooth-step switches: dense at first, at most top_k experts later."""
 

@@ -1,4 +1,5 @@
 #include "gates/comet_gate.h"
+
 #include "moe/ops/gate_arguments.h"
 
 namespace perseid::ops {

@@ -11,6 +11,8 @@ GateOp gshard_op();
 GateOp remoe_op();
 GateOp comet_op();
 GateOp dselect_k_op();
+GateOp expert_choice_op();
+GateOp statistical_top_k_op();
 GateOp hash_op();
 
 // Arguments of every gate.
@@ -48,6 +50,13 @@ inline gates::InputNorm input_norm(const Arguments& arguments) {
 inline GateShape linear_shape(const Arguments& arguments) {
   const at::Tensor weight = arguments.tensor("weight");
   return {arguments.tensor("tokens").sym_size(0), weight.sym_size(0), arguments.integer("top_k"),
+          compute_type(weight)};
+}
+
+/// Shape of a gate with a linear router that may give a token any number of experts.
+inline GateShape ragged_shape(const Arguments& arguments) {
+  const at::Tensor weight = arguments.tensor("weight");
+  return {arguments.tensor("tokens").sym_size(0), weight.sym_size(0), weight.sym_size(0),
           compute_type(weight)};
 }
 

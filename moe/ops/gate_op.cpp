@@ -1,6 +1,7 @@
 #include "moe/ops/gate_op.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/clone.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -15,6 +16,7 @@
 #include <torch/library.h>
 
 #include "gates/losses.h"
+
 #include "moe/ops/gate_arguments.h"
 #include "moe/threads.h"
 
@@ -135,6 +137,13 @@ class OwnGraph {
   c10::AutoGradMode grad_mode_{true};
 };
 
+/// Contiguous, with memory that no other tensor shares: gradients of parts of one tensor are views
+/// of it, and outputs of an operation must not be.
+Tensor own(const Tensor& gradient) {
+  const bool is_alone = gradient.is_contiguous() && gradient.storage().use_count() == 1;
+  return is_alone ? gradient : gradient.clone(at::MemoryFormat::Contiguous);
+}
+
 /// Gradients of the wanted arguments; `values` are those of the backward's schema.
 variable_list gate_gradients(const GateOp& gate, const c10::FunctionSchema& schema, Stack values) {
   const OwnGraph own_graph;
@@ -161,9 +170,7 @@ variable_list gate_gradients(const GateOp& gate, const c10::FunctionSchema& sche
                                     /*create_graph=*/false, /*allow_unused=*/true);
   }
   for (size_t i = 0; i < results.size(); ++i) {
-    results[i] = results[i].defined() ? results[i].contiguous()
-                                      : at::zeros_like(leaves[i].detach(), {}, {}, {}, {},
-                                                       at::MemoryFormat::Contiguous);
+    results[i] = results[i].defined() ? own(results[i]) : own(at::zeros_like(leaves[i].detach()));
   }
   return results;
 }
@@ -286,8 +293,10 @@ void implement(torch::Library& library) {
 }  // namespace
 
 const std::vector<GateOp>& gate_ops() {
-  static const std::vector<GateOp> ops = {top_k_op(), noisy_top_k_op(), gshard_op(), remoe_op(),
-                                          comet_op(), dselect_k_op(),   hash_op()};
+  static const std::vector<GateOp> ops = {
+      top_k_op(), noisy_top_k_op(), gshard_op(),        remoe_op(),
+      comet_op(), dselect_k_op(),   expert_choice_op(), statistical_top_k_op(),
+      hash_op()};
   return ops;
 }
 

@@ -1,4 +1,5 @@
 #include "gates/gshard_gate.h"
+
 #include "moe/ops/gate_arguments.h"
 
 namespace perseid::ops {

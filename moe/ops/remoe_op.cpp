@@ -1,16 +1,11 @@
 #include "gates/remoe_gate.h"
+
 #include "moe/ops/gate_arguments.h"
 
 namespace perseid::ops {
 namespace {
 
 using at::Tensor;
-
-GateShape shape(const Arguments& arguments) {
-  const Tensor weight = arguments.tensor("weight");
-  return {arguments.tensor("tokens").sym_size(0), weight.sym_size(0), weight.sym_size(0),
-          compute_type(weight)};
-}
 
 gates::GateOutput run(const Arguments& arguments) {
   constexpr const char* kName = "remoe_gate";
@@ -37,7 +32,7 @@ GateOp remoe_op() {
           "bool layer_norm=False, " PERSEID_COMMON_ARGUMENTS,
           {"tokens", "weight"},
           {"aux_loss", "l1_loss"},
-          &shape,
+          &ragged_shape,
           &run};
 }
 

@@ -61,12 +61,20 @@ CASES = {
     "dselect_k_gate": [
         (
             [leaf(T, D), *dselect_k_parameters(E, K)],
-            dict(num_experts=E, top_k=K, gamma=2.0, entropy_coeff=0.3, balance_coeff=0.2),
+            dict(num_experts=E, top_k=K, gamma=20.0, entropy_coeff=0.3, balance_coeff=0.2),
         ),
         (
             [leaf(T, D), *dselect_k_parameters(5, 1)],
             dict(num_experts=5, top_k=1, renormalize=True, layer_norm=False, gamma=20.0),
         ),
+    ],
+    "expert_choice_gate": [
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(capacity_factor=2.0)),
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(capacity_factor=100.0, layer_norm=True)),
+    ],
+    "statistical_top_k_gate": [
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(top_k=K, balance_coeff=0.2)),
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(top_k=1, unbiased=True, cap=2, min_experts=0)),
     ],
     "noisy_top_k_gate": [
         (
@@ -104,6 +112,8 @@ DIFFERENTIABLE = {
     "gshard_gate": ["tokens", "weight"],
     "remoe_gate": ["tokens", "weight"],
     "dselect_k_gate": ["tokens", "code_weight", "code_bias", "selector_weight", "selector_bias"],
+    "expert_choice_gate": ["tokens", "weight"],
+    "statistical_top_k_gate": ["tokens", "weight"],
     "hash_gate": [],
 }
 
@@ -299,6 +309,26 @@ class Formulas(unittest.TestCase):
         entropy = -(choice * (choice + 1e-6).log()).sum((1, 2)).mean()
         penalty = (1 / (1e-6 + choice.sum(2))).sum(1).mean()
         self.close(losses, torch.stack([0.3 * entropy, penalty, 0 * penalty]))
+
+    def test_expert_choice(self):
+        """Each expert takes round(2 T / E) tokens of largest softmax."""
+        tokens, weight = leaf(T, D), leaf(E, D, seed=1)
+        weights, experts, offsets, losses, counts = ops.expert_choice_gate(tokens, weight)
+        scores = (tokens @ weight.T).softmax(1)
+        self.assertEqual((counts.tolist(), losses.numel()), ([2 * T // E] * E, 0))
+        chosen = scores.topk(2 * T // E, dim=0).indices
+        expected = torch.zeros_like(scores).scatter(0, chosen, scores.gather(0, chosen))
+        self.close(dense(weights, experts, offsets, E), expected)
+
+    def test_statistical_top_k(self):
+        tokens, weight = leaf(T, D), leaf(E, D, seed=1)
+        weights, experts, offsets, *_ = ops.statistical_top_k_gate(
+            tokens, weight, top_k=K, min_experts=0
+        )
+        logits = tokens @ weight.T
+        point = torch.special.ndtri(torch.tensor(1 - K / E, dtype=torch.float64))
+        threshold = logits.mean(1) + point * logits.std(1, unbiased=False)
+        self.close(dense(weights, experts, offsets, E), (logits - threshold[:, None]).relu())
 
     def test_remoe(self):
         tokens, weight = leaf(T, D), leaf(E, D, seed=1)
