@@ -105,8 +105,8 @@ inline const std::vector<ConformingGate>& conforming_gates() {
     return DSelectKGateOptions(kDModel, s.num_experts).top_k(s.top_k).balance_coeff(.2);
   };
   const auto statistical = [](S s) {  // K is an average below E
-    const int64_t top_k = std::max<int64_t>(1, std::min(s.top_k, s.num_experts - 1));
-    return StatisticalTopKGateOptions(kDModel, s.num_experts).top_k(top_k);
+    const int64_t K = std::max<int64_t>(1, std::min(s.top_k, s.num_experts - 1));
+    return StatisticalTopKGateOptions(kDModel, s.num_experts).top_k(K);
   };
   static const std::vector<ConformingGate> list = {
       gate_of<TopKGate>("top_k_softmax", [=](S s) { return top_k(s).z_loss_coeff(.1); }),
