@@ -1,7 +1,7 @@
 // Every gate through a layer, float64. The list is in conformance_gates.h.
 //   Gradients        of tokens, gate and experts against central differences, 1e-7, with losses
-//   EqualsDense      outputs and all gradients = every expert run on every token, 1e-12; K = E, E =
-//   1 Saturation       the COMET gates of the list have open and saturated switches at once
+//   EqualsDense      outputs and all gradients = every expert run on every token, 1e-12
+//   CometSwitches    of the COMET gates of the list are open and saturated at once
 //   IdleExperts      an expert without weight runs no row, forward or backward, by its own counts
 //   Ranks            1, 2 and 4 ranks, one of them empty, equal one process, 1e-12
 //   Batches          two batches are their concatenation
@@ -420,7 +420,7 @@ TEST_P(GateConformance, SaveAndLoad) {
 INSTANTIATE_TEST_SUITE_P(All, GateConformance, ::testing::ValuesIn(conforming_gates()),
                          [](const auto& item) { return std::string(item.param.name); });
 
-TEST(GateConformanceList, CometSwitchesAreOpenAndSaturated) {
+TEST(GateConformanceList, CometSwitches) {
   for (const ConformingGate& item : conforming_gates()) {
     const std::string name = item.name;
     if (name != "comet" && name != "comet_hard_eval" && name != "comet_min_weight") continue;

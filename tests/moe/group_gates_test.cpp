@@ -1,9 +1,8 @@
 // Gates that look at groups of tokens, and gates without parameters, in the layer.
 //   EqualsDense   outputs and gradients = plain operations that run every expert on every token and
 //                 know only which pairs were chosen: 1e-12
-//   RanksEqualOne fixed group_size: outputs, gradients of tokens and router at 2 and 4 ranks, one
-//   of
-//                 them without tokens, = one process, 1e-12
+//   RanksEqualOne with a fixed group_size, outputs, gradients of tokens and router at 2 and 4
+//                 ranks, one of them without tokens, = one process, 1e-12
 //   Padding       BASE passes nothing of a token that is not valid, whatever it holds
 //   BrokenGroup   ranks that cut a group: every rank throws the same error
 #include <gtest/gtest.h>
