@@ -18,11 +18,14 @@
 #include "examples/bench/gates_bench.h"
 #include "examples/bench/layer_bench.h"
 #include "examples/common/text.h"
+#include "examples/common/validators.h"
 
 namespace perseid::bench {
 namespace {
 
 using examples::format_text;
+using examples::in_range;
+using examples::one_of;
 
 constexpr int kUsageError = 64;
 constexpr int64_t kManyTokens = int64_t{1} << 24;
@@ -39,28 +42,6 @@ struct Program {
 const std::map<std::string, Distribution> kDistributions = {{"balanced", Distribution::kBalanced},
                                                             {"random", Distribution::kRandom},
                                                             {"zipf", Distribution::kZipf}};
-
-CLI::Validator in_range(int64_t low, int64_t high) {
-  const std::string limits = std::to_string(low) + " to " + std::to_string(high);
-  return CLI::Validator(
-      [low, high, limits](std::string& text) {
-        int64_t value = 0;
-        const bool is_number = CLI::detail::lexical_cast(text, value);
-        if (is_number && value >= low && value <= high) return std::string();
-        return "value " + text + " is out of range; choose " + limits;
-      },
-      limits);
-}
-
-CLI::Validator one_of(const std::vector<std::string>& words) {
-  const std::string list = "{" + CLI::detail::join(words, ",") + "}";
-  return CLI::Validator(
-      [words, list](std::string& text) {
-        const bool found = std::find(words.begin(), words.end(), text) != words.end();
-        return found ? std::string() : "value " + text + " is not one of " + list;
-      },
-      list);
-}
 
 void add_count(CLI::App& app, const std::string& flag, int64_t& value, const std::string& help,
                int64_t low, int64_t high) {
@@ -85,12 +66,12 @@ void add_shape_flags(CLI::App& app, Program& program) {
 template <typename Options>
 void add_run_flags(CLI::App& app, Options& options) {
   app.add_option("--threads", options.threads, "threads of all that is timed")
-      ->check(in_range(1, 1024))
+      ->check(in_range<int64_t>(1, 1024))
       ->capture_default_str();
   add_count(app, "--repeats", options.repeats, "rounds; each contender runs once in each round", 1,
             1'000'000);
   app.add_option("--seed", options.seed, "seed of tokens and routing")
-      ->check(in_range(0, INT64_MAX))
+      ->check(in_range<int64_t>(0, INT64_MAX))
       ->capture_default_str();
   app.add_option("--json", options.json, "file, one JSON object per row of the tables");
 }
@@ -112,7 +93,7 @@ void add_layer_flags(CLI::App& app, Program& program) {
 void add_size(CLI::App& app, const std::string& flag, int64_t& bytes, const std::string& help) {
   app.add_option(flag, bytes, help + " (K, M: 1024, 1024^2)")
       ->transform(CLI::AsSizeValue(false).description(""))
-      ->check(in_range(4, int64_t{1} << 28))
+      ->check(in_range<int64_t>(4, int64_t{1} << 28))
       ->capture_default_str();
 }
 
@@ -127,13 +108,13 @@ void add_exchange_flags(CLI::App& app, Program& program) {
             1'000'000);
   add_count(app, "--repeats", options.repeats, "timings; the contenders take turns", 1, 1'000'000);
   app.add_option("-c,--check", options.check, "1: compare what arrived with what was sent")
-      ->check(in_range(0, 1))
+      ->check(in_range<int64_t>(0, 1))
       ->capture_default_str();
   app.add_option("--comm", program.session.comm, "how ranks communicate; local: threads as ranks")
       ->check(one_of({"auto", "self", "local", "mpi"}))
       ->capture_default_str();
   app.add_option("--local-ranks", program.session.local_ranks, "ranks of --comm local")
-      ->check(in_range(1, 256))
+      ->check(in_range<int64_t>(1, 256))
       ->capture_default_str();
   app.add_option("--launcher", program.session.launcher, "what started this process")
       ->check(one_of({"auto", "mpi", "slurm", "torchrun", "single"}))
