@@ -160,6 +160,12 @@ class ExpertChoiceGate(LinearGate):
     operation = "expert_choice_gate"
 
 
+class SinkhornGate(LinearGate):
+    """top_k experts per token, in training from a balanced plan. Not causal in training."""
+
+    operation = "sinkhorn_gate"
+
+
 class StatisticalTopKGate(LinearGate):
     """About top_k experts per token: those above a threshold by mean and spread of the logits."""
 

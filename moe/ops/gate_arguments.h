@@ -12,6 +12,8 @@ GateOp remoe_op();
 GateOp comet_op();
 GateOp dselect_k_op();
 GateOp expert_choice_op();
+GateOp base_op();
+GateOp sinkhorn_op();
 GateOp statistical_top_k_op();
 GateOp hash_op();
 

@@ -294,9 +294,9 @@ void implement(torch::Library& library) {
 
 const std::vector<GateOp>& gate_ops() {
   static const std::vector<GateOp> ops = {
-      top_k_op(), noisy_top_k_op(), gshard_op(),        remoe_op(),
-      comet_op(), dselect_k_op(),   expert_choice_op(), statistical_top_k_op(),
-      hash_op()};
+      top_k_op(),    noisy_top_k_op(),       gshard_op(),        remoe_op(),
+      comet_op(),    dselect_k_op(),         expert_choice_op(), base_op(),
+      sinkhorn_op(), statistical_top_k_op(), hash_op()};
   return ops;
 }
 

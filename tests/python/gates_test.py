@@ -72,6 +72,15 @@ CASES = {
         ([leaf(T, D), leaf(E, D, seed=1)], dict(capacity_factor=2.0)),
         ([leaf(T, D), leaf(E, D, seed=1)], dict(capacity_factor=100.0, layer_norm=True)),
     ],
+    "base_gate": [
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(training=True)),
+        ([leaf(T, D), leaf(E, D, seed=1)], {}),
+    ],
+    "sinkhorn_gate": [
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(training=True)),
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(training=True, top_k=K, layer_norm=True)),
+        ([leaf(T, D), leaf(E, D, seed=1)], dict(top_k=K)),
+    ],
     "statistical_top_k_gate": [
         ([leaf(T, D), leaf(E, D, seed=1)], dict(top_k=K, balance_coeff=0.2)),
         ([leaf(T, D), leaf(E, D, seed=1)], dict(top_k=1, unbiased=True, cap=2, min_experts=0)),
@@ -113,6 +122,8 @@ DIFFERENTIABLE = {
     "remoe_gate": ["tokens", "weight"],
     "dselect_k_gate": ["tokens", "code_weight", "code_bias", "selector_weight", "selector_bias"],
     "expert_choice_gate": ["tokens", "weight"],
+    "base_gate": ["tokens", "weight"],
+    "sinkhorn_gate": ["tokens", "weight"],
     "statistical_top_k_gate": ["tokens", "weight"],
     "hash_gate": [],
 }
@@ -319,6 +330,36 @@ class Formulas(unittest.TestCase):
         chosen = scores.topk(2 * T // E, dim=0).indices
         expected = torch.zeros_like(scores).scatter(0, chosen, scores.gather(0, chosen))
         self.close(dense(weights, experts, offsets, E), expected)
+
+    def test_base(self):
+        """Loads that differ by at most one; no other balanced assignment of two tokens is better."""
+        tokens, weight = leaf(T, D), leaf(E, D, seed=1)
+        weights, experts, offsets, losses, counts = ops.base_gate(tokens, weight, training=True)
+        scores = tokens @ weight.T
+        self.assertEqual((offsets.tolist(), losses.numel()), (list(range(T + 1)), 0))
+        self.assertLessEqual(counts.max() - counts.min(), 1)
+        mine = scores[torch.arange(T), experts.long()]
+        self.close(weights, mine.sigmoid())
+        swapped = scores[:, experts.long()]  # [token, expert of another token]
+        self.assertTrue((mine[:, None] + mine[None] >= swapped + swapped.T - 1e-12).all())
+        _, best, *_ = ops.base_gate(tokens, weight)
+        self.assertEqual(best.tolist(), scores.argmax(1).tolist())
+
+    def test_sinkhorn(self):
+        tokens, weight = leaf(T, D), leaf(E, D, seed=1)
+        scores = (tokens @ weight.T).softmax(1)
+        weights, experts, offsets, *_ = ops.sinkhorn_gate(tokens, weight, top_k=K)
+        chosen = scores.topk(K, dim=1).indices
+        expected = torch.zeros_like(scores).scatter(1, chosen, scores.gather(1, chosen))
+        self.close(dense(weights, experts, offsets, E), expected)
+        # In training the loads come closer to each other, and weights follow the same formula.
+        weights, experts, offsets, _, balanced = ops.sinkhorn_gate(
+            tokens, weight, top_k=K, training=True
+        )
+        plain = torch.bincount(chosen.flatten(), minlength=E)
+        self.assertLess(balanced.max(), plain.max())
+        table = dense(weights, experts, offsets, E)
+        self.close(table, scores * (table > 0))
 
     def test_statistical_top_k(self):
         tokens, weight = leaf(T, D), leaf(E, D, seed=1)
