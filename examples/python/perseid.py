@@ -51,6 +51,13 @@ class Routing(NamedTuple):
         total = int(self.token_offsets[-1])
         return self._replace(weights=self.weights[:total], expert_idx=self.expert_idx[:total])
 
+    def rest(self):
+        """[T] 1 - the sum of a token's weights, 0 for a token without an expert."""
+        places = torch.arange(self.weights.numel(), device=self.weights.device)
+        rows = torch.bucketize(places, self.token_offsets[1:], right=True)  # T for the tail
+        sums = self.weights.new_zeros(self.token_offsets.numel()).index_add(0, rows, self.weights)
+        return (1 - sums[:-1]) * (self.token_offsets.diff() > 0)
+
 
 def uniform(*size, bound):
     return nn.Parameter(torch.empty(*size).uniform_(-bound, bound))
@@ -62,6 +69,7 @@ class Gate(nn.Module):
 
     operation = ""
     loss_names = ()  # of Routing.losses
+    keeps_token = False  # what a token's weights leave of 1 goes to the token itself
 
     def __init__(self, num_experts, options):
         super().__init__()
@@ -160,6 +168,17 @@ class ExpertChoiceGate(LinearGate):
     operation = "expert_choice_gate"
 
 
+class BaseGate(LinearGate):
+    """One expert per token by a balanced assignment (BASE layers), mixed with the token itself."""
+
+    operation = "base_gate"
+    keeps_token = True
+
+    def __init__(self, d_model, num_experts, **options):
+        super().__init__(d_model, num_experts, **options)
+        nn.init.orthogonal_(self.weight, gain=0.1)
+
+
 class SinkhornGate(LinearGate):
     """top_k experts per token, in training from a balanced plan. Not causal in training."""
 
@@ -255,4 +274,7 @@ class MoELayer(nn.Module):
     def forward(self, tokens, **call):
         flat = tokens.flatten(0, -2)
         routing = self.gate(flat, **call).trimmed()
-        return self.experts(flat, routing).view_as(tokens), routing
+        output = self.experts(flat, routing)
+        if self.gate.keeps_token:
+            output = output + routing.rest().to(flat.dtype)[:, None] * flat
+        return output.view_as(tokens), routing

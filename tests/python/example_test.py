@@ -51,6 +51,15 @@ class Modules(unittest.TestCase):
             self.assertEqual(output.shape, (2, 5, 4))
             self.assertEqual(routing.losses.numel(), len(cls.loss_names), cls.__name__)
 
+    def test_base_keeps_the_token(self):
+        gate = perseid.BaseGate(4, 3).eval()
+        layer = perseid.MoELayer(gate, 4, 8)
+        tokens, valid = torch.randn(6, 4), torch.tensor([True, False, True, True, False, True])
+        output, routing = layer(tokens, valid=valid)
+        alpha = (tokens @ gate.weight.T).max(1).values.sigmoid()[:, None]
+        expected = layer.experts(tokens, routing) + (1 - alpha) * valid[:, None] * tokens
+        torch.testing.assert_close(output, expected)
+
     def test_state(self):
         layer = perseid.MoELayer(perseid.TopKGate(4, 3, bias_update_rate=0.5), 4, 8)
         tokens = torch.randn(7, 4)
