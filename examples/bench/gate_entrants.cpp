@@ -60,6 +60,7 @@ std::vector<NamedGate> make_gates(const LayerCase& shape, uint64_t seed) {
   return {
       {"topk", std::make_shared<gates::TopKGate>(gates::TopKGateOptions(D, E).top_k(K).seed(seed))},
       {"hash", std::make_shared<gates::HashGate>(gates::HashGateOptions(E).seed(seed))},
+      {"dselectk", dselect_k},
       {"comet", comet}};
 }
 
