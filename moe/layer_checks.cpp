@@ -1,5 +1,7 @@
 #include "moe/layer_checks.h"
 
+#include <c10/util/Exception.h>
+
 #include <cmath>
 #include <string>
 
@@ -87,6 +89,19 @@ void check_gate_output(const gates::GateOutput& output, int64_t num_tokens, cons
   require(experts.d_in() == experts.d_out(), kName, "d_out", experts.d_out(),
           "differs from d_in=" + to_text(experts.d_in()) +
               ", but this gate adds the token to the output");
+}
+
+void warn_of_capacity(const gates::Gate& gate, const gates::GateStats& stats,
+                      const CapacityOptions& capacity) {
+  if (capacity.capacity_factor <= 0 || stats.num_assignments <= gate.top_k() * stats.num_tokens) {
+    return;
+  }
+  TORCH_WARN_ONCE(
+      "[moe_layer] capacity_factor=", capacity.capacity_factor, " goes by top_k=", gate.top_k(),
+      ", but ", gate.name(), " selected ",
+      static_cast<double>(stats.num_assignments) / static_cast<double>(stats.num_tokens),
+      " experts per token, as gates that start dense do: most of it is dropped; use no "
+      "capacity with such a gate");
 }
 
 void check_expert_output(const at::Tensor& output, int64_t num_rows, int64_t width,

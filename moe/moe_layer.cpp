@@ -262,6 +262,7 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
       gates::GateOutput out = gate->forward(input);
       check_gate_output(out, input.tokens.size(0), *experts_, placement_.num_experts(),
                         gate->name().c_str());
+      warn_of_capacity(*gate, out.stats, options_.capacity);
       CappedRouting capped =
           apply_capacity(out.routing, options_.capacity, out.stats.num_tokens, gate->top_k(),
                          placement_.num_experts(),

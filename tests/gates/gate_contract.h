@@ -167,6 +167,7 @@ inline void expect_valid_routing(const GateOutput& output) {
   const Tensor offsets = gates::explicit_offsets(output.routing);
   const std::vector<int64_t> offset = ids_of(offsets), expert = ids_of(output.routing.expert_idx);
   const Tensor weights = output.routing.weights.detach().to(at::kDouble).contiguous();
+  EXPECT_TRUE(weights.ge(0).all().item<bool>() && weights.isfinite().all().item<bool>());
   const double* weight = weights.const_data_ptr<double>();
   for (size_t t = 0; t + 1 < offset.size(); ++t) {
     for (int64_t a = offset[t] + 1; a < offset[t + 1]; ++a) {

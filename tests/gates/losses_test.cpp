@@ -136,6 +136,24 @@ TEST(ZLoss, NoTokens) {
   EXPECT_EQ(sum.grad().item<float>(), 0);
 }
 
+TEST(CvSquared, ConstantIsZero) {
+  const Tensor sum = at::full({5}, 7.5, at::kDouble).set_requires_grad(true);
+  const Tensor value = gates::cv_squared_loss("load_loss", sum, .1).loss(sum, 37);
+  value.backward();
+  EXPECT_EQ(value.item<double>(), 0);
+  EXPECT_TRUE(same_bits(sum.grad(), at::zeros({5}, at::kDouble)));
+}
+
+TEST(CvSquared, ValueAndGradient) {
+  const Tensor v = at::tensor({1., 2., 4., 9.}, at::kDouble).set_requires_grad(true);
+  const Tensor value = gates::cv_squared_loss("load_loss", v, .1).loss(v, 37);
+  value.backward();
+  const double mean = 4, variance = 38. / 4;  // of 9, 4, 0, 25
+  EXPECT_NEAR(value.item<double>(), variance / (mean * mean), 1e-10);
+  const Tensor expected = 2 / (4 * mean * mean) * ((v.detach() - mean) - variance / mean);
+  EXPECT_TRUE(close_to(v.grad(), expected, 1e-10));
+}
+
 TEST(Losses, TokensGlobalDividesBoth) {
   const auto gate = float64_gate(TopKGateOptions(6, 8).z_loss_coeff(.1));
   GateInput input = input_of(random_tensor({37, 6}, 1));

@@ -225,6 +225,8 @@ TEST(SinkhornGate, Errors) {
             "[sinkhorn_gate] d_model=0 is below 1; give the width of the tokens");
   EXPECT_EQ(text(Options(4, 8).top_k(9)),
             "[sinkhorn_gate] top_k=9 exceeds num_experts=8; choose top_k in [1, 8]");
+  EXPECT_EQ(text(Options(4, 8).top_k(0)),
+            "[sinkhorn_gate] top_k=0 is below 1; choose top_k in [1, 8]");
   EXPECT_EQ(text(Options(4, 8).group_size(-1)),
             "[sinkhorn_gate] group_size=-1 is negative; choose 0 to make the tokens of each call "
             "one group");

@@ -46,6 +46,31 @@ TEST(Comet, Golden) {
   EXPECT_EQ(two.non_finite_tokens, 0);
   EXPECT_EQ(two.removed_weight, 0);
 
+  // A tree alone with equal leaf logits gives its reach v.
+  const std::vector<std::vector<double>> expected_reach = {{.297, .54675, .15625, 0},
+                                                           {.5, 0, .078125, .421875}};
+  for (size_t i = 0; i < 2; ++i) {
+    CometCase<double> tree;
+    tree.shape = {1, 4, 1};
+    const auto all = golden().splits;
+    tree.splits.assign(all.begin() + static_cast<std::ptrdiff_t>(3 * i),
+                       all.begin() + static_cast<std::ptrdiff_t>(3 * i + 3));
+    tree.leaves.assign(4, 0.0);
+    const auto reach = tree.forward().weights;
+    for (size_t l = 0; l < 4; ++l) EXPECT_NEAR(reach[l], expected_reach[i][l], 1e-15) << i << l;
+  }
+  // d g_m / d a_il = w_il (1 - g_m) for m = l gives the weights w before trees are merged.
+  const std::vector<double> expected_w = {.1583567096, .2159635547, .1017557460, 0,
+                                          .2412240341, 0,           .0341044582, .2485954974};
+  for (size_t m = 0; m < 4; ++m) {
+    std::vector<double> upstream(4, 0.0);
+    upstream[m] = 1;
+    const auto grad = golden().backward(upstream, 0);
+    for (size_t i = 0; i < 2; ++i) {
+      EXPECT_NEAR(grad.leaves[4 * i + m] / (1 - two.weights[m]), expected_w[4 * i + m], 1e-9);
+    }
+  }
+
   CometCase<double> one;
   one.shape = {1, 6, 1};
   one.splits = {0.25, -0.1, 0.5, 0, 0.3};

@@ -3,6 +3,7 @@
 //                 token and the gate sees the gradients of all weights, 1e-12: the experts of
 //                 weight 0 that the layer leaves out have no influence. Open, half saturated,
 //                 saturated
+//   WarnsOfCapacity  while the gate is dense, and only then
 #include "tests/gates/comet_fixture.h"
 #include "tests/moe/layer_fixture.h"
 
@@ -52,6 +53,34 @@ TEST(CometLayer, EqualsDense) {
           << gamma << " " << i;
     }
   }
+}
+
+TEST(CometLayer, WarnsOfCapacity) {
+  struct Warnings : c10::WarningHandler {
+    void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
+    std::vector<std::string> texts;
+  } warnings;
+  const c10::WarningUtils::WarningHandlerGuard handler(&warnings);
+  const c10::WarningUtils::WarnAlways always(true);
+  const ExpertPlacement placement = ExpertPlacement::contiguous(7, 1);
+  const auto run = [&](double gamma, double capacity_factor) {
+    const auto gate = random_gate(CometGateOptions(kDModel, 7).gamma(gamma));
+    MoELayerOptions options;
+    options.capacity.capacity_factor = capacity_factor;
+    MoELayer layer({gate}, make_experts(ExpertKind::kGated, placement, 0, at::kDouble), placement,
+                   make_parallel_groups(comm::self_group()), options);
+    layer.eval();
+    layer.forward(case_tokens(37));
+  };
+  run(20, 0);
+  run(1e-6, 1.5);
+  EXPECT_TRUE(warnings.texts.empty());
+  run(20, 1.5);
+  ASSERT_EQ(warnings.texts.size(), 1u);
+  EXPECT_NE(warnings.texts[0].find("[moe_layer] capacity_factor=1.5 goes by top_k=2, but "),
+            std::string::npos)
+      << warnings.texts[0];
+  EXPECT_NE(warnings.texts[0].find("selected 7 experts per token"), std::string::npos);
 }
 
 }  // namespace

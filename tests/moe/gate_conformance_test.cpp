@@ -3,8 +3,10 @@
 //   EqualsDense      outputs and all gradients = every expert run on every token, 1e-12
 //   CometSwitches    of the COMET gates of the list are open and saturated at once
 //   IdleExperts      an expert without weight runs no row, forward or backward, by its own counts
-//   Ranks            1, 2 and 4 ranks, one of them empty, equal one process, 1e-12
+//   Ranks            1, 2, 3 and 4 ranks, one of them empty, equal one process, 1e-12
 //   Batches          two batches are their concatenation
+//   TokensPermuted   permuted tokens have permuted outputs and the same losses
+//   ExpertsPermuted  rows of gate and experts permuted together change nothing
 //   MaskedTokens     NaN tokens that are not valid change nothing
 //   NoTokens         T = 0: zero losses and gradients
 //   ThreeGates       with disjoint supports: each equals a dense layer of its own
@@ -221,7 +223,8 @@ Step run_ranks(const ConformingGate& gate, const std::vector<int64_t>& shares) {
 TEST_P(GateConformance, Ranks) {
   const Step one = run_ranks(GetParam(), {kTokens});
   for (const std::vector<int64_t>& shares :
-       {std::vector<int64_t>{kTokens, 0}, std::vector<int64_t>{5, 0, 2, 6}}) {
+       {std::vector<int64_t>{kTokens, 0}, std::vector<int64_t>{5, 0, 8},
+        std::vector<int64_t>{5, 0, 2, 6}}) {
     SCOPED_TRACE("P=" + std::to_string(shares.size()));
     const Step many = run_ranks(GetParam(), shares);
     EXPECT_TRUE(close_to(at::cat(many.outputs), one.outputs[0], 1e-12));
@@ -260,6 +263,52 @@ TEST_P(GateConformance, Batches) {
   for (size_t i = 0; i < whole.size(); ++i) {
     EXPECT_TRUE(close_to(i < 2 ? at::cat({a[i], b[i]}) : a[i] + b[i], whole[i], 1e-12)) << i;
   }
+}
+
+TEST_P(GateConformance, TokensPermuted) {
+  const Tensor order = at::arange(kTokens).mul(5).remainder(kTokens);
+  const auto run = [&](bool is_permuted) {
+    const auto layer = layer_of({gate()}, one_process());
+    layer->eval();
+    MoEInput input = input_of(case_tokens(kTokens));
+    if (is_permuted) {
+      input.tokens = input.tokens.index_select(0, order);
+      input.keys = input.keys->index_select(0, order);
+    }
+    const MoEOutput out = layer->forward(input);
+    return std::pair{out.output().detach(), out.loss().item<double>()};
+  };
+  const auto [output, loss] = run(false);
+  const auto [permuted, permuted_loss] = run(true);
+  EXPECT_TRUE(close_to(permuted, output.index_select(0, order), 1e-12));
+  EXPECT_NEAR(permuted_loss, loss, 1e-12 * (1 + std::abs(loss)));
+}
+
+/// Rows of gate and experts permuted together change nothing. For gates whose parameters have one
+/// row for each expert; trees and codes depend on the numbering, and so do groups.
+TEST_P(GateConformance, ExpertsPermuted) {
+  const Tensor order = at::tensor({4, 2, 0, 5, 1, 3}, at::kLong);
+  const auto layer = layer_of({gate()}, one_process()), other = layer_of({gate()}, one_process());
+  bool has_row_per_expert = !gate()->parameters().empty();
+  for (const Tensor& parameter : gate()->parameters()) {
+    has_row_per_expert = has_row_per_expert && parameter.size(0) == 6;
+  }
+  if (!has_row_per_expert || std::string(GetParam().name) == "top_k_groups") {
+    GTEST_SKIP() << "the gate depends on the numbering of the experts";
+  }
+  const at::NoGradGuard no_grad;
+  for (const bool is_buffer : {false, true}) {
+    const auto tensors = is_buffer ? other->buffers() : other->parameters();
+    for (Tensor tensor : tensors) {
+      if (tensor.dim() > 0 && tensor.size(0) == 6) tensor.copy_(tensor.index_select(0, order));
+    }
+  }
+  layer->eval();
+  other->eval();
+  const MoEOutput plain = layer->forward(input_of(case_tokens(kTokens)));
+  const MoEOutput permuted = other->forward(input_of(case_tokens(kTokens)));
+  EXPECT_TRUE(close_to(permuted.output(), plain.output(), 1e-12));
+  EXPECT_NEAR(permuted.loss().item<double>(), plain.loss().item<double>(), 1e-12);
 }
 
 TEST_P(GateConformance, MaskedTokens) {

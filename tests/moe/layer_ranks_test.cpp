@@ -9,6 +9,7 @@
 
 #include <map>
 #include <mutex>
+#include <numeric>
 
 #include "kernels/error.h"
 #include "moe/gradients.h"
@@ -123,6 +124,36 @@ TEST(LayerRanks, EqualsOneProcess) {
           }
         }
       }
+    }
+  }
+}
+
+// Ranks with different numbers of tokens have different capacities; each drops as if it were alone.
+TEST(LayerRanks, CapacityOfEachRank) {
+  at::set_num_threads(1);
+  for (const DropPolicy policy : {DropPolicy::kPosition, DropPolicy::kProbability}) {
+    for (const int num_ranks : {2, 3, 4}) {
+      LayerCase c;
+      c.capacity.capacity_factor = .7;
+      c.capacity.drop_policy = policy;
+      std::mutex mutex;
+      int64_t dropped_together = 0, dropped_alone = 0;
+      comm::run_local(num_ranks, [&](const comm::Group& world) {
+        const auto rank = static_cast<size_t>(world.rank());
+        const std::vector<int64_t> all = shares(num_ranks);
+        const int64_t first = std::accumulate(all.begin(), all.begin() + world.rank(), int64_t{0});
+        const at::Tensor tokens = case_tokens(kTokens).narrow(0, first, all[rank]);
+        const MoEOutput together =
+            make_layer(c, make_parallel_groups(world))->forward(MoEInput(tokens));
+        const MoEOutput alone =
+            make_layer(c, make_parallel_groups(comm::self_group()))->forward(MoEInput(tokens));
+        const std::lock_guard lock(mutex);
+        EXPECT_TRUE(close_to(together.output(), alone.output(), 1e-12)) << rank;
+        dropped_together = together.stats.num_dropped;
+        dropped_alone += alone.stats.num_dropped;
+      });
+      EXPECT_EQ(dropped_together, dropped_alone);
+      EXPECT_GT(dropped_alone, 0);
     }
   }
 }
