@@ -1,6 +1,7 @@
 // Every gate through a layer, float64. The list is in conformance_gates.h.
 //   Gradients        of tokens, gate and experts against central differences, 1e-7, with losses
-//   EqualsDense      outputs and all gradients = every expert run on every token, 1e-12
+//   EqualsDense      outputs and all gradients = every expert run on every token, 1e-12, and 1e-5
+//                    in float32
 //   CometSwitches    of the COMET gates of the list are open and saturated at once
 //   IdleExperts      an expert without weight runs no row, forward or backward, by its own counts
 //   Ranks            1, 2, 3 and 4 ranks, one of them empty, equal one process, 1e-12
@@ -115,20 +116,22 @@ TEST_P(GateConformance, Gradients) {
 Tensor dense_output(gates::Gate& gate, Experts& experts, const Tensor& tokens, bool training) {
   const Tensor weights = gates::dense_weights(gate.forward(gate_input_of(tokens, training)).routing,
                                               gate.num_experts());
-  Tensor y = at::zeros({tokens.size(0), kDOut}, at::kDouble);
+  Tensor y = at::zeros({tokens.size(0), kDOut}, tokens.options());
   for (int64_t e = 0; e < gate.num_experts(); ++e) {
     y = y + weights.narrow(1, e, 1) * dense_expert(experts, e, tokens);
   }
   return y;
 }
 
-void expect_equals_dense(const GatePtr& gate, bool training) {
+void expect_equals_dense(const GatePtr& gate, bool training, at::ScalarType type = at::kDouble) {
+  const double tolerance = type == at::kDouble ? 1e-12 : 1e-5;
   const auto layer = layer_of({gate}, one_process());
+  layer->to(type);
   layer->train(training);
-  const Tensor cotangent = random_tensor({kTokens, kDOut}, 70);
+  const Tensor cotangent = random_tensor({kTokens, kDOut}, 70, -1, 1, type);
   const auto run = [&](bool is_sparse) {
     layer->zero_grad();
-    const Tensor tokens = case_tokens(kTokens).clone().set_requires_grad(true);
+    const Tensor tokens = case_tokens(kTokens, type).clone().set_requires_grad(true);
     const Tensor output = is_sparse ? layer->forward(input_of(tokens)).output()
                                     : dense_output(*gate, *layer->experts(), tokens, training);
     (output * cotangent).sum().backward();
@@ -141,7 +144,7 @@ void expect_equals_dense(const GatePtr& gate, bool training) {
   };
   const auto sparse = run(true), dense = run(false);
   for (size_t i = 0; i < dense.size(); ++i) {
-    EXPECT_TRUE(close_to(sparse[i], dense[i], 1e-12)) << i << " training=" << training;
+    EXPECT_TRUE(close_to(sparse[i], dense[i], tolerance)) << i << " training=" << training;
   }
 }
 
@@ -150,6 +153,7 @@ TEST_P(GateConformance, EqualsDense) {
        {GateSizes{6, 2}, GateSizes{6, 6}, GateSizes{5, 1}, GateSizes{1, 1}}) {
     SCOPED_TRACE("E=" + std::to_string(sizes.num_experts) + " K=" + std::to_string(sizes.top_k));
     for (const bool training : {true, false}) expect_equals_dense(gate(sizes), training);
+    expect_equals_dense(gate(sizes), true, at::kFloat);
   }
 }
 
