@@ -50,6 +50,16 @@ TEST(CometEdges, InvalidTokens) {
   }
 }
 
+TEST(CometEdges, BFloat16) {
+  const Tensor tokens = random_tensor({37, 6}, 1, -3, 3, at::kBFloat16);
+  CometGate gate(CometGateOptions(6, 8));
+  const GateOutput output = gate.forward(input_of(tokens));
+  EXPECT_EQ(output.routing.weights.scalar_type(), at::kFloat);
+  const Tensor rows = gates::dense_weights(output.routing, 8);
+  EXPECT_TRUE(close_to(rows.sum(1), at::ones({37}), 1e-6));
+  EXPECT_TRUE(close_to(rows.to(at::kBFloat16).to(at::kFloat).sum(1), at::ones({37}), 2e-3));
+}
+
 TEST(CometEdges, NotANumber) {
   const auto gate = random_gate(CometGateOptions(6, 5).top_k(3));
   Tensor tokens = random_tensor({7, 6}, 1);

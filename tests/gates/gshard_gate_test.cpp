@@ -205,6 +205,8 @@ TEST(GShardGate, Edges) {
   const Tensor tokens = random_tensor({5, kWidth}, 1, -1, 1, at::kFloat);
   const GateOutput single = one.forward(training_input(tokens));
   EXPECT_TRUE(close_to(single.routing.weights, at::ones({5}), 1e-7));
+  single.routing.weights.sum().backward();
+  EXPECT_FALSE(one.weight.grad().ne(0).any().item<bool>());
   // Scores that underflow, and a NaN: still two different experts for each token.
   for (const bool gumbel : {false, true}) {
     const auto gate = make_gate(with(SecondPolicy::kAll).gumbel_second(gumbel), at::kFloat);
@@ -215,6 +217,7 @@ TEST(GShardGate, Edges) {
     EXPECT_NO_THROW(gates::validate(output.routing, 8, "test"));
     EXPECT_EQ(output.stats.non_finite_tokens, 1);
     EXPECT_EQ(output.stats.num_assignments, 10);
+    EXPECT_TRUE(gates::dense_weights(output.routing, 8)[2].isnan().any().item<bool>());
   }
 }
 

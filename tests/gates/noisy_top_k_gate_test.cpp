@@ -208,7 +208,12 @@ TEST(NoisyTopKGate, LossScales) {
 TEST(NoisyTopKGate, Edges) {
   NoisyTopKGate one(NoisyTopKGateOptions(kWidth, 1).top_k(1));
   const Tensor tokens = random_tensor({5, kWidth}, 1, -1, 1, at::kFloat);
-  EXPECT_TRUE(same_bits(one.forward(training_input(tokens)).routing.weights, at::ones({5})));
+  const Tensor alone = one.forward(training_input(tokens)).routing.weights;
+  EXPECT_TRUE(same_bits(alone, at::ones({5})));
+  alone.sum().backward();
+  for (const Tensor& parameter : one.parameters()) {
+    EXPECT_FALSE(parameter.grad().ne(0).any().item<bool>());
+  }
   // A NaN stays with its token and is counted.
   const auto gate = make_gate(with(RouterNoise::kLearned, 2), at::kFloat);
   Tensor bad = tokens.clone();

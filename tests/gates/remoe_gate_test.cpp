@@ -172,6 +172,7 @@ TEST(ReMoEGate, NonFinite) {
   EXPECT_EQ(output.stats.non_finite_tokens, 1);
   const Tensor rows = gates::dense_weights(output.routing, 8);
   for (const int64_t t : {0, 1, 3, 4}) EXPECT_TRUE(same_bits(rows[t], good[t]));
+  EXPECT_TRUE(rows[2].isnan().any().item<bool>());
 }
 
 }  // namespace

@@ -217,11 +217,15 @@ TEST(TopKOptions, WarnsOfConstantWeights) {
   TopKGate(TopKGateOptions(4, 8).top_k(1).normalization(Normalization::kAll));
   TopKGate(TopKGateOptions(4, 8).top_k(2).normalization(Normalization::kSelected));
   EXPECT_TRUE(warnings.texts.empty());
-  TopKGate(TopKGateOptions(4, 8).top_k(1).normalization(Normalization::kSelected));
+  for (const kernels::ScoreFunction score : kScoreFunctions) {
+    TopKGate(TopKGateOptions(4, 8).top_k(1).score_function(score).normalization(
+        Normalization::kSelected));
+    ASSERT_EQ(warnings.texts.size(), 1u);
+    EXPECT_NE(warnings.texts[0].find("[top_k_gate] top_k=1 with normalization=selected"),
+              std::string::npos);
+    warnings.texts.clear();
+  }
   c10::WarningUtils::set_warnAlways(always);
-  ASSERT_EQ(warnings.texts.size(), 1u);
-  EXPECT_NE(warnings.texts[0].find("[top_k_gate] top_k=1 with normalization=selected"),
-            std::string::npos);
 }
 
 }  // namespace

@@ -229,6 +229,24 @@ TEST(DropOverCapacity, PositionPrefersFirstChoices) {
   EXPECT_TRUE(at::equal(capped.routing.token_offsets, at::tensor({0, 2, 3, 3}, at::kInt)));
 }
 
+TEST(DropOverCapacity, PermutedTokensOnlyChangeWhatIsDropped) {
+  const int64_t T = 12, E = 4;
+  const at::Tensor weights = testing::random_tensor({T, E}, 1, .1, 1);
+  const at::Tensor order = at::arange(T).mul(5).remainder(T);
+  CapacityOptions options;
+  options.capacity_factor = 1;
+  const auto kept_of = [&](const at::Tensor& table) {
+    const auto capped = drop_over_capacity(gates::routing_from_dense(table), 7, options, E);
+    EXPECT_EQ(capped.num_dropped, T * E - 7 * E);
+    return gates::dense_weights(capped.routing, E);
+  };
+  const at::Tensor plain = kept_of(weights).index_select(0, order);
+  const at::Tensor permuted = kept_of(weights.index_select(0, order));
+  const at::Tensor in_both = plain.ne(0) & permuted.ne(0);
+  EXPECT_TRUE(testing::same_bits(plain * in_both, permuted * in_both));
+  EXPECT_TRUE(plain.ne(0).ne(permuted.ne(0)).any().item<bool>());
+}
+
 TEST(DropOverCapacity, EqualWeightsGoToEarlierTokens) {
   const Table table(6, {{2, 0.5}, {0, 0.25}});
   for (const at::ScalarType type : {at::kFloat, at::kDouble}) {

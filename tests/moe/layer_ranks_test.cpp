@@ -128,6 +128,31 @@ TEST(LayerRanks, EqualsOneProcess) {
   }
 }
 
+// No rank has a token, or one rank has tokens that are all masked.
+TEST(LayerRanks, NoTokensAnywhere) {
+  at::set_num_threads(1);
+  for (const bool has_masked : {false, true}) {
+    comm::run_local(3, [&](const comm::Group& world) {
+      const int64_t count = has_masked && world.rank() == 1 ? 5 : 0;
+      const ParallelGroups groups = make_parallel_groups(world);
+      const auto layer = make_layer(LayerCase(), groups);
+      const at::Tensor tokens = case_tokens(count).clone().set_requires_grad(true);
+      MoEInput input(tokens);
+      input.valid = at::zeros({count}, at::kBool);
+      const MoEOutput out = layer->forward(input);
+      EXPECT_EQ(out.stats.rows_processed, 0);
+      const at::Tensor loss = out.output().sum() + out.loss();
+      EXPECT_EQ(loss.item<double>(), 0);
+      loss.backward();
+      sum_gradients(*layer, groups);
+      for (const auto& parameter : layer->named_parameters()) {
+        const at::Tensor& gradient = parameter.value().grad();
+        EXPECT_TRUE(gradient.defined() && !gradient.ne(0).any().item<bool>()) << parameter.key();
+      }
+    });
+  }
+}
+
 // Ranks with different numbers of tokens have different capacities; each drops as if it were alone.
 TEST(LayerRanks, CapacityOfEachRank) {
   at::set_num_threads(1);

@@ -147,6 +147,24 @@ TEST(Layer, IdleExperts) {
   }
 }
 
+// A selected pair whose weight underflows to 0 still runs.
+TEST(Layer, UnderflowedWeightsAreDispatched) {
+  const ExpertPlacement placement = ExpertPlacement::contiguous(3, 1);
+  const auto gate = std::make_shared<gates::TopKGate>(gates::TopKGateOptions(kDModel, 3).top_k(3));
+  gate->to(at::kDouble);
+  const at::Tensor rows = at::zeros({3, kDModel}, at::kDouble);
+  rows[1].fill_(2000);
+  rows[2].fill_(-2000);
+  gate->weight.set_data(rows);
+  MoELayer layer({gate}, make_experts(ExpertKind::kGated, placement, 0, at::kDouble), placement,
+                 make_parallel_groups(comm::self_group()));
+  const at::Tensor tokens = case_tokens(4).abs().add(1).set_requires_grad(true);
+  const MoEOutput out = layer.forward(MoEInput(tokens));
+  EXPECT_EQ(out.stats.rows_processed, 3 * 4);
+  out.output().sum().backward();
+  EXPECT_TRUE(tokens.grad().isfinite().all().item<bool>());
+}
+
 TEST(Layer, Shared) {
   LayerCase c;
   const auto plain = make_layer(c, make_parallel_groups(comm::self_group()));
