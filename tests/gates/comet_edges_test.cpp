@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "tests/gates/comet_fixture.h"
+#include "tests/warnings.h"
 
 namespace perseid::testing {
 namespace {
@@ -111,12 +112,7 @@ TEST(CometEdges, OneExpert) {
 }
 
 TEST(CometEdges, SaturationWarning) {
-  struct Warnings : c10::WarningHandler {
-    void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-    std::vector<std::string> texts;
-  } warnings;
-  const c10::WarningUtils::WarningHandlerGuard handler(&warnings);
-  const c10::WarningUtils::WarnAlways always(true);
+  const Warnings warnings;
   GateInput input = input_of(random_tensor({37, 6}, 1));
   random_gate(CometGateOptions(6, 8).gamma(1e-5))->forward(input);
   EXPECT_TRUE(warnings.texts.empty());

@@ -11,6 +11,7 @@
 #include <cmath>
 
 #include "tests/gates/dselect_k_fixture.h"
+#include "tests/warnings.h"
 
 namespace perseid::testing {
 namespace {
@@ -129,12 +130,7 @@ TEST(DSelectKEdges, EveryExpert) {
 }
 
 TEST(DSelectKEdges, SaturationWarning) {
-  struct Warnings : c10::WarningHandler {
-    void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-    std::vector<std::string> texts;
-  } warnings;
-  const c10::WarningUtils::WarningHandlerGuard handler(&warnings);
-  const c10::WarningUtils::WarnAlways always(true);
+  const Warnings warnings;
   GateInput input = input_of(random_tensor({37, 6}, 1));
   random_gate(DSelectKGateOptions(6, 8).gamma(1e-5))->forward(input);
   EXPECT_TRUE(warnings.texts.empty());

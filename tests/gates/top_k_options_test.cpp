@@ -12,6 +12,7 @@
 
 #include "tests/gates/gate_test.h"
 #include "tests/gradcheck.h"
+#include "tests/warnings.h"
 
 namespace perseid::testing {
 namespace {
@@ -203,16 +204,8 @@ TEST(TopKOptions, Statistics) {
   }
 }
 
-struct Warnings : c10::WarningHandler {
-  void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-  std::vector<std::string> texts;
-};
-
 TEST(TopKOptions, WarnsOfConstantWeights) {
   Warnings warnings;
-  c10::WarningUtils::WarningHandlerGuard guard(&warnings);
-  const bool always = c10::WarningUtils::get_warnAlways();
-  c10::WarningUtils::set_warnAlways(true);  // another test may have used up the one warning
   TopKGate(TopKGateOptions(4, 8).top_k(1));
   TopKGate(TopKGateOptions(4, 8).top_k(1).normalization(Normalization::kAll));
   TopKGate(TopKGateOptions(4, 8).top_k(2).normalization(Normalization::kSelected));
@@ -225,7 +218,6 @@ TEST(TopKOptions, WarnsOfConstantWeights) {
               std::string::npos);
     warnings.texts.clear();
   }
-  c10::WarningUtils::set_warnAlways(always);
 }
 
 }  // namespace

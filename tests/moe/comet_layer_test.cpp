@@ -6,6 +6,7 @@
 //   WarnsOfCapacity  while the gate is dense, and only then
 #include "tests/gates/comet_fixture.h"
 #include "tests/moe/layer_fixture.h"
+#include "tests/warnings.h"
 
 namespace perseid::testing {
 namespace {
@@ -56,12 +57,7 @@ TEST(CometLayer, EqualsDense) {
 }
 
 TEST(CometLayer, WarnsOfCapacity) {
-  struct Warnings : c10::WarningHandler {
-    void process(const c10::Warning& warning) override { texts.push_back(warning.msg()); }
-    std::vector<std::string> texts;
-  } warnings;
-  const c10::WarningUtils::WarningHandlerGuard handler(&warnings);
-  const c10::WarningUtils::WarnAlways always(true);
+  const Warnings warnings;
   const ExpertPlacement placement = ExpertPlacement::contiguous(7, 1);
   const auto run = [&](double gamma, double capacity_factor) {
     const auto gate = random_gate(CometGateOptions(kDModel, 7).gamma(gamma));
