@@ -4,8 +4,10 @@
 include(GNUInstallDirs)
 
 add_library(perseid_warnings INTERFACE)
-target_compile_options(perseid_warnings INTERFACE -Wall -Wextra -Wpedantic -Wshadow
-  $<$<BOOL:${PROJECT_IS_TOP_LEVEL}>:-Werror>)
+set(cxx_warnings -Wall -Wextra -Wpedantic -Wshadow $<$<BOOL:${PROJECT_IS_TOP_LEVEL}>:-Werror>)
+target_compile_options(perseid_warnings INTERFACE $<$<COMPILE_LANGUAGE:C,CXX>:${cxx_warnings}>
+  $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall,-Wextra>
+  $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${PROJECT_IS_TOP_LEVEL}>>:-Werror=all-warnings>)
 if(PERSEID_SANITIZE)
   string(REPLACE ";" "," perseid_sanitize "${PERSEID_SANITIZE}")
   add_compile_options(-fsanitize=${perseid_sanitize} -fno-sanitize-recover=all

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels/checks.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/parallel.h"
 
 namespace perseid::kernels {
@@ -75,9 +76,11 @@ int64_t row_at(const int32_t* row_of, int64_t i) { return row_of == nullptr ? i 
 
 void permute(const void* rows, const int32_t* row_of, void* out, int64_t num_out, int64_t row_bytes,
              Stream stream) {
-  require_device(stream, "permute");
   check("permute", "num_out", rows, out, num_out, row_bytes);
   if (num_out == 0 || row_bytes == 0) return;
+  if (stream.device == Device::kCuda) {
+    return cuda::permute(rows, row_of, out, num_out, row_bytes, stream);
+  }
   const auto* const source = static_cast<const char*>(rows);
   auto* const target = static_cast<char*>(out);
   if (row_of == nullptr) return copy_all(source, target, num_out * row_bytes);
@@ -99,9 +102,11 @@ void permute_reference(const void* rows, const int32_t* row_of, void* out, int64
 
 void unpermute(const void* rows, const int32_t* row_of, void* out, int64_t num_rows,
                int64_t row_bytes, Stream stream) {
-  require_device(stream, "unpermute");
   check("unpermute", "num_rows", rows, out, num_rows, row_bytes);
   if (num_rows == 0 || row_bytes == 0) return;
+  if (stream.device == Device::kCuda) {
+    return cuda::unpermute(rows, row_of, out, num_rows, row_bytes, stream);
+  }
   const auto* const source = static_cast<const char*>(rows);
   auto* const target = static_cast<char*>(out);
   if (row_of == nullptr) return copy_all(source, target, num_rows * row_bytes);

@@ -12,5 +12,10 @@
 #define PERSEID_SIMD_CLONES
 #endif
 
-/// Only code inlined into a marked function is compiled for its instruction sets.
+/// Only code inlined into a marked function is compiled for its instruction sets. In a .cu file the
+/// function is there for the GPU as well: arithmetic that kernels share with their CPU twins.
+#if defined(__CUDACC__)
+#define PERSEID_INLINE __host__ __device__ __forceinline__
+#else
 #define PERSEID_INLINE __attribute__((always_inline)) inline
+#endif

@@ -13,7 +13,7 @@ struct Stream {
   void* handle = nullptr;  ///< cudaStream_t; borrowed
 };
 
-/// Throws ConfigError unless the stream's device is one that this build has kernels for.
+/// Throws ConfigError unless the stream is on the host: for operations that have no CUDA kernel.
 void require_device(const Stream& stream, const char* operation);
 
 }  // namespace perseid::kernels
