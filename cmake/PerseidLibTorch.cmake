@@ -67,6 +67,26 @@ if(NOT perseid_torch_found MATCHES "^${version}\\.")
 endif()
 message(STATUS "LibTorch ${perseid_torch_found}: ${perseid_torch}")
 
+# The GPU part of LibTorch, if this build or package has one. It must load where it is linked.
+if(PERSEID_HAS_CUDA)
+  execute_process(COMMAND ldd "${perseid_torch}/lib/libtorch_cuda.so" OUTPUT_VARIABLE perseid_ldd
+    ERROR_VARIABLE perseid_ldd_error RESULT_VARIABLE perseid_ldd_status)
+  string(REGEX MATCHALL "[^ \t\n]+ => not found" perseid_lacks "${perseid_ldd}")
+  if(perseid_lacks OR NOT perseid_ldd_status EQUAL 0)
+    string(REPLACE " => not found" "" perseid_lacks "${perseid_lacks}")
+    list(JOIN perseid_lacks ", " perseid_lacks)
+    if(NOT PERSEID_CUDA STREQUAL "AUTO")
+      string(CONCAT perseid_torch_error "libtorch_cuda.so of ${perseid_torch} cannot be loaded "
+        "(missing: ${perseid_lacks}${perseid_ldd_error}); install the CUDA 13 toolkit with cuDNN and NCCL and "
+        "the wheels that cmake/setup.sh names, or set -DPERSEID_CUDA=OFF")
+      return()
+    endif()
+    message(STATUS "CUDA: off (libtorch_cuda.so misses ${perseid_lacks})")
+    set(PERSEID_HAS_CUDA FALSE)
+    set(PERSEID_HAS_NCCL FALSE)
+  endif()
+endif()
+
 # OpenMP is the thread pool that our code shares with LibTorch.
 add_library(Perseid::libtorch INTERFACE IMPORTED GLOBAL)
 set_target_properties(Perseid::libtorch PROPERTIES
@@ -82,6 +102,15 @@ else()
       IMPORTED_LOCATION "${perseid_torch}/lib/lib${library}.so")
     target_link_libraries(Perseid::libtorch INTERFACE Perseid::${library})
   endforeach()
+  if(PERSEID_HAS_CUDA)
+    add_library(Perseid::c10_cuda SHARED IMPORTED GLOBAL)
+    set_target_properties(Perseid::c10_cuda PROPERTIES
+      IMPORTED_LOCATION "${perseid_torch}/lib/libc10_cuda.so")
+    # Nobody calls libtorch_cuda.so by name: it registers its operations when it is loaded.
+    target_link_libraries(Perseid::libtorch INTERFACE
+      "-Wl,--push-state,--no-as-needed,${perseid_torch}/lib/libtorch_cuda.so,--pop-state"
+      Perseid::c10_cuda CUDA::cudart)
+  endif()
   # The libraries behind torch_cpu (CUDA runtime, CUPTI) are found by its own run path.
   target_link_options(Perseid::libtorch INTERFACE
     LINKER:--unresolved-symbols=ignore-in-shared-libs)

@@ -15,6 +15,9 @@ perseid_venv=$perseid_root/.venv
 perseid_torch=torch==2.11.0
 # libtorch_cpu.so of that wheel links these; a CUDA 13 toolkit on the machine has them as well.
 perseid_cuda_libraries=(nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85)
+# libtorch_cuda.so links these as well, and no toolkit has them: for builds with CUDA.
+perseid_gpu_libraries=(nvidia-cusparselt-cu13==0.8.0 nvidia-nvshmem-cu13==3.4.5
+  nvidia-cufile==1.15.1.6)
 perseid_build_packages=(g++ cmake ninja-build ccache libopenmpi-dev openmpi-bin zlib1g-dev
   libcli11-dev nlohmann-json3-dev dataset-fashion-mnist)
 
@@ -107,7 +110,17 @@ perseid_torch_lacks() { # [LIBRARY] : prints the libraries that it needs and the
     awk '/not found/ { print $1 }' | sort -u | xargs
 }
 
+# A CUDA 13 toolkit with its compiler: the GPU part is built, and needs more of LibTorch.
+perseid_has_cuda_toolkit() {
+  { command -v nvcc || [ -x /usr/local/cuda/bin/nvcc ]; } >/dev/null &&
+    PATH=$PATH:/usr/local/cuda/bin nvcc --version 2>/dev/null | grep -q 'release 13\.'
+}
+
 perseid_has_torch() {
+  if perseid_has_cuda_toolkit && [ -n "$(perseid_torch_lacks libtorch_cuda.so)" ] &&
+    ! [ -e "$perseid_venv/perseid-no-gpu" ]; then
+    return 1
+  fi
   [ "$(cat "$perseid_venv/perseid-wheels" 2>/dev/null)" = "$perseid_torch" ] &&
     [ -n "$(perseid_torch_library)" ] && [ -z "$(perseid_torch_lacks)" ]
 }
@@ -149,6 +162,10 @@ perseid_install_torch() {
     wheels+=("${perseid_cuda_libraries[@]}")
     size=544
   fi
+  if perseid_has_cuda_toolkit; then
+    wheels+=("${perseid_gpu_libraries[@]}")
+    size=$((size + 230))
+  fi
   perseid_say "LibTorch goes into $perseid_venv: ${wheels[*]}; up to $size MB to download, 1.3 GB on disk"
   perseid_need_disk "$perseid_root" 3000 "LibTorch with its downloads"
   # An environment of ours that was not finished, or one whose interpreter is gone, is made anew.
@@ -165,6 +182,14 @@ perseid_install_torch() {
   [ -z "$lacks" ] ||
     perseid_stop "LibTorch is installed, but the loader does not find: $lacks. Remove $perseid_venv and" \
       "call this again; if that does not help, install the packages that hold them"
+  if perseid_has_cuda_toolkit; then
+    lacks=$(perseid_torch_lacks libtorch_cuda.so)
+    if [ -n "$lacks" ]; then
+      perseid_say "LibTorch's GPU part misses $lacks, so Perseid is built without CUDA; install the whole" \
+        "CUDA 13 toolkit with cuDNN and NCCL for it"
+      touch "$perseid_venv/perseid-no-gpu"
+    fi
+  fi
   rm -rf "$perseid_venv/tmp" "$perseid_venv/perseid-incomplete"
   printf '%s\n' "$perseid_torch" >"$perseid_venv/perseid-wheels"
 }

@@ -10,6 +10,7 @@
 #include "gates/linear_router.h"
 #include "gates/ragged_table.h"
 #include "gates/router_call.h"
+#include "gates/smooth_step_gate.h"
 #include "kernels/error.h"
 
 namespace perseid::gates {
@@ -53,24 +54,23 @@ struct CometCore : torch::autograd::Function<CometCore> {
     kernels::CometOutput output;
     output.weights = weights.mutable_data_ptr();
     output.entropy_sum = entropy_sum.mutable_data_ptr<double>();
-    output.removed_weight = &counts->removed_weight;
-    output.reached_nodes = &counts->num_nodes;
-    output.saturated_nodes = &counts->saturated_nodes;
-    output.non_finite_tokens = &counts->non_finite_tokens;
+    const SmoothStepCounters counters(splits);
+    output.removed_weight = counters.removed_weight();
+    output.reached_nodes = counters.num_nodes();
+    output.saturated_nodes = counters.saturated_nodes();
+    output.non_finite_tokens = counters.non_finite_tokens();
     kernels::comet(shape, options.kernel, kernel_type(type),
                    kernel_input(splits, leaves, is_static ? Tensor() : valid), output, stream);
 
     Tensor table = weights;
     if (is_static) {
+      // One evaluation stands for all valid tokens.
       entropy_sum.mul_(options.num_valid);
-      counts->removed_weight *= static_cast<double>(options.num_valid);
-      counts->num_nodes *= options.num_valid;
-      counts->saturated_nodes *= options.num_valid;
-      counts->non_finite_tokens *= options.num_valid;
       table = weights.expand({options.num_tokens, options.num_experts});
       if (valid.defined()) table = table.masked_fill(valid.logical_not().unsqueeze(1), 0);
     }
     const RaggedTable rows = ragged_of(table, /*with_positions=*/false);
+    *counts = counters.read(is_static ? options.num_valid : 1);
 
     ctx->save_for_backward({features, split_weight, leaf_weight, valid_in, splits, leaves, weights,
                             rows.token_offsets, rows.expert_idx});
@@ -110,17 +110,17 @@ struct CometCore : torch::autograd::Function<CometCore> {
       grad_weights = dense_of(saved[7], saved[8], gradients[0].to(type), shape.num_experts);
       if (is_static) grad_weights = sum_of_rows(grad_weights).unsqueeze(0);
     }
-    double grad_entropy_sum = gradients[1].defined() ? gradients[1].item<double>() : 0;
-    if (is_static) {
-      grad_entropy_sum *= static_cast<double>(ctx->saved_data["num_valid"].toInt());
+    Tensor grad_entropy_sum = dense_gradient(gradients[1], at::kDouble);
+    if (is_static && grad_entropy_sum.defined()) {
+      grad_entropy_sum = grad_entropy_sum.mul(ctx->saved_data["num_valid"].toInt());
     }
     const Tensor grad_splits = at::empty_like(splits), grad_leaves = at::empty_like(leaves);
-    kernels::comet_backward(
-        shape, options, kernel_type(type),
-        kernel_input(splits, leaves, is_static ? Tensor() : valid),
-        {weights.const_data_ptr(), data_or_null(grad_weights), &grad_entropy_sum},
-        grad_splits.mutable_data_ptr(), grad_leaves.mutable_data_ptr(),
-        stream_of(splits, kOperation));
+    kernels::comet_backward(shape, options, kernel_type(type),
+                            kernel_input(splits, leaves, is_static ? Tensor() : valid),
+                            {weights.const_data_ptr(), data_or_null(grad_weights),
+                             static_cast<const double*>(data_or_null(grad_entropy_sum))},
+                            grad_splits.mutable_data_ptr(), grad_leaves.mutable_data_ptr(),
+                            stream_of(splits, kOperation));
 
     // Gradients in the order of the inputs of forward, in their types.
     variable_list results(8);

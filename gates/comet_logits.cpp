@@ -3,8 +3,8 @@
 #include <ATen/ops/empty.h>
 
 #include "gates/kernel_types.h"
+#include "gates/linear_product.h"
 #include "kernels/comet_lazy.h"
-#include "kernels/router_linear.h"
 #include "kernels/sparse_product.h"
 
 namespace perseid::gates {
@@ -14,34 +14,6 @@ using at::Tensor;
 namespace {
 
 constexpr const char* kOperation = "comet_gate";
-
-kernels::RouterLinearShape linear_shape(const Tensor& grad_or_logits, int64_t d_model) {
-  return {grad_or_logits.size(0), grad_or_logits.size(1), d_model};
-}
-
-/// [T, N] logits of one linear layer, in the type of the features.
-Tensor linear(const Tensor& features, const Tensor& weight, const Tensor& bias) {
-  const Tensor logits = at::empty({features.size(0), weight.size(0)}, features.options());
-  const kernels::DType dtype = kernel_type(features.scalar_type());
-  kernels::router_linear(linear_shape(logits, features.size(1)), dtype, dtype,
-                         features.const_data_ptr(), weight.const_data_ptr(), bias.const_data_ptr(),
-                         logits.mutable_data_ptr(), stream_of(features, kOperation));
-  return logits;
-}
-
-struct LinearGrads {
-  void* features = nullptr;
-  void* weight = nullptr;
-};
-
-/// What is null is not written.
-void linear_backward(const Tensor& grad, const Tensor& features, const Tensor& weight,
-                     int64_t d_model, const LinearGrads& out) {
-  const kernels::DType dtype = kernel_type(grad.scalar_type());
-  kernels::router_linear_backward(linear_shape(grad, d_model), dtype, dtype, data_or_null(features),
-                                  data_or_null(weight), nullptr, grad.const_data_ptr(),
-                                  out.features, out.weight, nullptr, stream_of(grad, kOperation));
-}
 
 // Along active paths a logit costs a dot product of its own, not its share of a matrix product (of
 // LibTorch's, when this was measured). In ms on one core, float32, T = 4096, D = 1024, E = 256, K =
@@ -57,6 +29,7 @@ constexpr int64_t kSparseShareInverse = 5;
 
 /// Does skipping the zeros of a gradient of logits [T, N] pay?
 bool is_sparse(const Tensor& grad, Descent descent) {
+  if (is_on_device(grad)) return false;
   if (descent != Descent::kAuto) return descent == Descent::kLazy;
   if (grad.size(0) < kTokensMin || 2 * grad.size(1) < kLogitsMin) return false;
   const int64_t nonzero =
@@ -82,13 +55,16 @@ CometLogits comet_logits(const Tensor& features, const CometParameters& paramete
                                     leaf_bias.const_data_ptr()};
   const kernels::DType dtype = kernel_type(type);
   const kernels::Stream stream = stream_of(features, kOperation);
-  bool is_lazy = options.descent == Descent::kLazy;
-  if (options.descent == Descent::kAuto && shape.num_tokens >= kTokensMin &&
+  // On a GPU a matrix product is always faster than dot products along paths.
+  const bool may_be_lazy = !is_on_device(features);
+  bool is_lazy = may_be_lazy && options.descent == Descent::kLazy;
+  if (may_be_lazy && options.descent == Descent::kAuto && shape.num_tokens >= kTokensMin &&
       split_bias.numel() + leaf_bias.numel() >= kLogitsMin) {
     is_lazy = kernels::comet_reaches_few(shape, options.kernel.gamma, dtype, layers, kProbes);
   }
   if (!is_lazy) {
-    return {linear(features, split_weight, split_bias), linear(features, leaf_weight, leaf_bias)};
+    return {linear_product(features, split_weight, split_bias),
+            linear_product(features, leaf_weight, leaf_bias)};
   }
   const CometLogits logits{at::empty({shape.num_tokens, split_bias.size(0)}, features.options()),
                            at::empty({shape.num_tokens, leaf_bias.size(0)}, features.options())};
@@ -100,26 +76,23 @@ CometLogits comet_logits(const Tensor& features, const CometParameters& paramete
 
 Tensor grad_of_features(const Tensor& grad, const Tensor& weight, Descent descent) {
   const Tensor rows = weight.contiguous();
-  const Tensor out = at::empty({grad.size(0), rows.size(1)}, grad.options());
-  if (is_sparse(grad, descent)) {
-    kernels::sparse_product(grad.const_data_ptr(), rows.const_data_ptr(), grad.size(0),
-                            rows.size(0), rows.size(1), kernel_type(grad.scalar_type()),
-                            out.mutable_data_ptr());
-  } else {
-    linear_backward(grad, {}, rows, rows.size(1), {out.mutable_data_ptr()});
+  if (!is_sparse(grad, descent)) {
+    return linear_product_backward({}, rows, {}, grad, {.features = true}).features;
   }
+  const Tensor out = at::empty({grad.size(0), rows.size(1)}, grad.options());
+  kernels::sparse_product(grad.const_data_ptr(), rows.const_data_ptr(), grad.size(0), rows.size(0),
+                          rows.size(1), kernel_type(grad.scalar_type()), out.mutable_data_ptr());
   return out;
 }
 
 Tensor grad_of_weight(const Tensor& grad, const Tensor& features, Descent descent) {
-  const Tensor out = at::empty({grad.size(1), features.size(1)}, grad.options());
-  if (is_sparse(grad, descent)) {
-    kernels::sparse_transposed_product(grad.const_data_ptr(), features.const_data_ptr(),
-                                       grad.size(0), grad.size(1), features.size(1),
-                                       kernel_type(grad.scalar_type()), out.mutable_data_ptr());
-  } else {
-    linear_backward(grad, features, {}, features.size(1), {nullptr, out.mutable_data_ptr()});
+  if (!is_sparse(grad, descent)) {
+    return linear_product_backward(features, {}, {}, grad, {.weight = true}).weight;
   }
+  const Tensor out = at::empty({grad.size(1), features.size(1)}, grad.options());
+  kernels::sparse_transposed_product(grad.const_data_ptr(), features.const_data_ptr(), grad.size(0),
+                                     grad.size(1), features.size(1),
+                                     kernel_type(grad.scalar_type()), out.mutable_data_ptr());
   return out;
 }
 

@@ -8,6 +8,7 @@
 #include "gates/kernel_types.h"
 #include "gates/ragged_table.h"
 #include "gates/router_call.h"
+#include "gates/smooth_step_gate.h"
 #include "kernels/error.h"
 
 namespace perseid::gates {
@@ -45,17 +46,6 @@ kernels::DSelectKOptions saved_options(AutogradContext& ctx) {
   return options;
 }
 
-/// One evaluation stands for `num_valid` tokens.
-void count_for_all(const DSelectKCoreOptions& options, SmoothStepCounts& counts,
-                   const Tensor& entropy_sum, const Tensor& penalty_sum) {
-  entropy_sum.mul_(options.num_valid);
-  penalty_sum.mul_(options.num_valid);
-  counts.removed_weight *= static_cast<double>(options.num_valid);
-  counts.num_nodes *= options.num_valid;
-  counts.saturated_nodes *= options.num_valid;
-  counts.non_finite_tokens *= options.num_valid;
-}
-
 // Inputs: logits, valid, options, counts. Outputs: weights, entropy_sum, penalty_sum,
 // token_offsets, expert_idx.
 struct DSelectKCore : torch::autograd::Function<DSelectKCore> {
@@ -70,21 +60,25 @@ struct DSelectKCore : torch::autograd::Function<DSelectKCore> {
     output.weights = weights.mutable_data_ptr();
     output.entropy_sum = entropy_sum.mutable_data_ptr<double>();
     output.penalty_sum = penalty_sum.mutable_data_ptr<double>();
-    output.removed_weight = &counts->removed_weight;
-    output.num_switches = &counts->num_nodes;
-    output.saturated_switches = &counts->saturated_nodes;
-    output.non_finite_tokens = &counts->non_finite_tokens;
+    const SmoothStepCounters counters(logits);
+    output.removed_weight = counters.removed_weight();
+    output.num_switches = counters.num_nodes();
+    output.saturated_switches = counters.saturated_nodes();
+    output.non_finite_tokens = counters.non_finite_tokens();
     kernels::dselect_k(shape, options.kernel, kernel_type(logits.scalar_type()),
                        kernel_input(logits, options.per_token ? valid : Tensor()), output,
                        stream_of(logits, kOperation));
 
     Tensor table = weights;
     if (!options.per_token) {
-      count_for_all(options, *counts, entropy_sum, penalty_sum);
+      // One evaluation stands for all valid tokens.
+      entropy_sum.mul_(options.num_valid);
+      penalty_sum.mul_(options.num_valid);
       table = weights.expand({options.num_tokens, options.num_experts});
       if (valid.defined()) table = table.masked_fill(valid.logical_not().unsqueeze(1), 0);
     }
     const RaggedTable rows = ragged_of(table, /*with_positions=*/false);
+    *counts = counters.read(options.per_token ? 1 : options.num_valid);
 
     ctx->save_for_backward({logits, valid_in, weights, rows.token_offsets, rows.expert_idx});
     ctx->mark_non_differentiable({rows.token_offsets, rows.expert_idx});
@@ -107,17 +101,20 @@ struct DSelectKCore : torch::autograd::Function<DSelectKCore> {
       grad_weights = dense_of(saved[3], saved[4], gradients[0].to(type), shape.num_experts);
       if (!per_token) grad_weights = sum_of_rows(grad_weights).unsqueeze(0);
     }
-    const double scale = per_token ? 1 : static_cast<double>(ctx->saved_data["num_valid"].toInt());
     const auto grad_of_sum = [&](const Tensor& gradient) {
-      return gradient.defined() ? gradient.item<double>() * scale : 0;
+      const Tensor grad = dense_gradient(gradient, at::kDouble);
+      return per_token || !grad.defined() ? grad : grad.mul(ctx->saved_data["num_valid"].toInt());
     };
-    const double grad_entropy_sum = grad_of_sum(gradients[1]);
-    const double grad_penalty_sum = grad_of_sum(gradients[2]);
+    const Tensor grad_entropy_sum = grad_of_sum(gradients[1]);
+    const Tensor grad_penalty_sum = grad_of_sum(gradients[2]);
+    const auto data = [](const Tensor& sum) {
+      return static_cast<const double*>(data_or_null(sum));
+    };
     Tensor grad_logits = at::empty_like(logits);
     kernels::dselect_k_backward(shape, saved_options(*ctx), kernel_type(type),
                                 kernel_input(logits, per_token ? or_undefined(saved[1]) : Tensor()),
                                 {weights.const_data_ptr(), data_or_null(grad_weights),
-                                 &grad_entropy_sum, &grad_penalty_sum},
+                                 data(grad_entropy_sum), data(grad_penalty_sum)},
                                 grad_logits.mutable_data_ptr(), stream_of(logits, kOperation));
     return {grad_logits, Tensor(), Tensor(), Tensor()};
   }

@@ -37,12 +37,18 @@ Tensor choose_tokens(const Tensor& shares, int64_t capacity) {
   const auto* const values = static_cast<const char*>(by_expert.const_data_ptr());
   auto* const chosen = is_chosen.mutable_data_ptr<uint8_t>();
   const int64_t row_bytes = n * static_cast<int64_t>(by_expert.element_size());
-  kernels::parallel_for(0, E, 1, [&](int64_t begin, int64_t end) {
+  const kernels::Stream stream = stream_of(shares, kOperation);
+  const auto choose = [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
       kernels::select_k(values + e * row_bytes, n, capacity, kernel_type(shares.scalar_type()),
-                        chosen + e * n);
+                        chosen + e * n, stream);
     }
-  });
+  };
+  if (is_on_device(shares)) {
+    choose(0, E);
+  } else {
+    kernels::parallel_for(0, E, 1, choose);
+  }
   return is_chosen.t().to(at::kBool);
 }
 
@@ -82,7 +88,7 @@ GateOutput ExpertChoiceGate::forward(const GateInput& input) {
   GateOutput output;
   output.routing = routing_from_mask(shares, is_chosen);
   output.stats = count_assignments(output.routing, num_experts(), count_valid(input));
-  output.stats.non_finite_tokens = routed.non_finite_tokens;
+  output.stats.non_finite_tokens = routed.non_finite_tokens.item<int64_t>();
   return output;
 }
 

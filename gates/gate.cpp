@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "gates/describe.h"
+#include "gates/device.h"
 #include "kernels/error.h"
 
 namespace perseid::gates {
@@ -96,6 +97,23 @@ void require_product(at::IntArrayRef sizes, const char* operation, const char* a
   require(left >= 1, operation, argument, sizes, "is more than 2^40 elements in one parameter");
 }
 
+void read_counts(const std::vector<GateStats*>& stats) {
+  std::vector<at::Tensor> tensors;
+  for (const GateStats* one : stats) {
+    if (one->unread.defined()) tensors.insert(tensors.end(), {one->unread, one->tokens_per_expert});
+  }
+  const std::vector<at::Tensor> host = to_host(tensors);
+  auto next = host.begin();
+  for (GateStats* one : stats) {
+    if (!one->unread.defined()) continue;
+    const double* counts = (next++)->const_data_ptr<double>();
+    one->non_finite_tokens = static_cast<int64_t>(counts[0]);
+    one->entropy_sum = counts[1];
+    one->tokens_per_expert = *next++;
+    one->unread = at::Tensor();
+  }
+}
+
 GateStats count_assignments(const Routing& routing, int64_t num_experts, int64_t num_valid_tokens) {
   constexpr const char* kOperation = "count_assignments";
   validate_shapes(routing, num_experts, kOperation);
@@ -103,9 +121,10 @@ GateStats count_assignments(const Routing& routing, int64_t num_experts, int64_t
   stats.tokens_per_expert = at::zeros({num_experts}, at::kLong);
   stats.num_tokens = num_valid_tokens;
   stats.num_assignments = routing.num_assignments();
-  const at::Tensor offsets = explicit_offsets(routing).cpu().contiguous();
-  const at::Tensor experts = routing.expert_idx.cpu().contiguous();
-  const at::Tensor weights = routing.weights.detach().cpu().to(at::kFloat).contiguous();
+  const std::vector<at::Tensor> host =
+      to_host({explicit_offsets(routing).contiguous(), routing.expert_idx.contiguous(),
+               routing.weights.detach().to(at::kFloat).contiguous()});
+  const at::Tensor &offsets = host[0], &experts = host[1], &weights = host[2];
   const int32_t* offset = offsets.const_data_ptr<int32_t>();
   const int32_t* expert = experts.const_data_ptr<int32_t>();
   const float* weight = weights.const_data_ptr<float>();

@@ -22,6 +22,8 @@ struct GateInput {
   int64_t tokens_global =
       0;             ///< valid tokens of all ranks, the divisor of every mean; 0: those given here
   int64_t step = 0;  ///< optimiser step, a key of randomness
+  /// On a GPU a gate may leave counts there, see GateStats::unread, so that the host need not wait.
+  bool defer_counts = false;
   double progress = 0;  ///< of the training, in [0, 1]; clamped. Schedules read nothing else
   bool training = false;
 };
@@ -70,7 +72,14 @@ struct GateStats {
   int64_t saturated_nodes = 0;  ///< of these, at exactly 0 or 1: they pass no gradient
   double entropy_sum = 0;       ///< sum over tokens of -sum g log g, the routing entropy in nats
   double removed_weight = 0;    ///< weight left out by a cut-off (min_weight)
+  /// Undefined, or [2] float64 on a GPU: non_finite_tokens and entropy_sum, whose fields are 0
+  /// until read_counts; tokens_per_expert is on the GPU until then, too.
+  at::Tensor unread;
 };
+
+/// Fills the fields of statistics with unread counts and brings their tokens_per_expert to the
+/// host: the host waits once for all of them.
+void read_counts(const std::vector<GateStats*>& stats);
 
 struct GateOutput {
   Routing routing;

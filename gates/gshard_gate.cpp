@@ -90,7 +90,8 @@ Tensor GShardGate::is_second_kept(const GateInput& input, const Tensor& second_s
       return second_share.gt(options_.second_threshold());
     case SecondPolicy::kRandom:
       if (input.training) {
-        const Tensor uniform = at::empty(second_share.sizes(), at::kDouble);
+        const Tensor uniform =
+            at::empty(second_share.sizes(), second_share.options().dtype(at::kDouble));
         const kernels::RandomKey key = draw_key(options_.seed(), input.step, options_.layer_id(),
                                                 options_.gate_id(), Draw::kSecondKept);
         kernels::fill_uniform(uniform.mutable_data_ptr(), uniform.numel(), kernels::DType::kFloat64,
@@ -144,7 +145,7 @@ GateOutput GShardGate::forward(const GateInput& input) {
   GateOutput output;
   output.routing = routing_from_kept(table, weights, kept);
   output.stats = count_assignments(output.routing, num_experts(), count_valid(input));
-  output.stats.non_finite_tokens = routed.non_finite_tokens;
+  output.stats.non_finite_tokens = routed.non_finite_tokens.item<int64_t>();
   if (options_.aux_loss_coeff() > 0) {
     output.global_losses.push_back(
         first_choice_loss(routed.score_sum, first_choices, options_.aux_loss_coeff()));

@@ -1,9 +1,8 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include "gates/device.h"
 #include "kernels/dtype.h"
-#include "kernels/error.h"
-#include "kernels/stream.h"
 
 // Internal: tensors as arguments of kernels.
 
@@ -12,15 +11,6 @@ namespace perseid::gates {
 /// Of a float32 or float64 tensor.
 inline kernels::DType kernel_type(at::ScalarType type) {
   return type == at::kDouble ? kernels::DType::kFloat64 : kernels::DType::kFloat32;
-}
-
-/// Throws for devices without a kernel.
-inline kernels::Stream stream_of(const at::Tensor& tensor, const char* operation) {
-  if (!tensor.device().is_cpu()) {
-    require(false, operation, "device", tensor.device(),
-            "has no router kernel; move the gate and its input to the CPU");
-  }
-  return {};
 }
 
 inline const void* data_or_null(const at::Tensor& tensor) {

@@ -5,9 +5,9 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "gates/linear_product.h"
 #include "gates/router_call.h"
 #include "kernels/error.h"
-#include "kernels/router_linear.h"
 
 namespace perseid::gates {
 namespace {
@@ -16,35 +16,21 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-/// Tensors of one call: features as kernels read them, the rest in the compute type.
+/// Tensors of one call: features as products read them, the rest in the compute type.
 struct Operands {
-  Tensor features, weight, logits;
-  kernels::RouterLinearShape shape;
-  kernels::DType dtype, features_dtype;
+  Tensor features, weight;
 };
 
 Operands read_operands(const Tensor& features, const Tensor& weight) {
   const at::ScalarType type = router_compute_type(weight);
   const bool as_they_are = features.scalar_type() == at::kBFloat16 && type == at::kFloat;
-  Operands operands;
-  operands.features = (as_they_are ? features : features.to(type)).contiguous();
-  operands.weight = weight.to(type).contiguous();
-  operands.shape = {features.size(0), weight.size(0), features.size(1)};
-  operands.dtype = kernel_type(type);
-  operands.features_dtype = as_they_are ? kernels::DType::kBFloat16 : operands.dtype;
-  return operands;
+  return {(as_they_are ? features : features.to(type)).contiguous(), weight.to(type).contiguous()};
 }
 
-Operands form_logits(const Tensor& features, const Tensor& weight, const Tensor& bias) {
-  const kernels::Stream stream = stream_of(features, "top_k_gate");
-  Operands operands = read_operands(features, weight);
-  operands.logits = at::empty({features.size(0), weight.size(0)}, operands.weight.options());
+Tensor form_logits(const Operands& operands, const Tensor& bias) {
   const Tensor offset =
       bias.defined() ? bias.to(operands.weight.scalar_type()).contiguous() : Tensor();
-  kernels::router_linear(operands.shape, operands.dtype, operands.features_dtype,
-                         operands.features.const_data_ptr(), operands.weight.const_data_ptr(),
-                         data_or_null(offset), operands.logits.mutable_data_ptr(), stream);
-  return operands;
+  return linear_product(operands.features, operands.weight, offset);
 }
 
 void require_first_derivative() {
@@ -85,21 +71,13 @@ void mark_integers(AutogradContext& ctx, const variable_list& outputs) {
 variable_list linear_backward(AutogradContext& ctx, const variable_list& saved,
                               const Operands& operands, const Tensor& valid,
                               const Tensor& grad_logits) {
-  variable_list results(3);
-  const Tensor bias = or_undefined(saved[2]);
-  if (ctx.needs_input_grad(0)) results[0] = at::empty_like(operands.features);
-  if (ctx.needs_input_grad(1)) results[1] = at::empty_like(operands.weight);
-  if (bias.defined() && ctx.needs_input_grad(2)) {
-    results[2] = at::empty({grad_logits.size(1)}, grad_logits.options());
-  }
-  const auto target = [&](size_t i) {
-    return results[i].defined() ? results[i].mutable_data_ptr() : nullptr;
-  };
-  kernels::router_linear_backward(
-      operands.shape, operands.dtype, operands.features_dtype, operands.features.const_data_ptr(),
-      operands.weight.const_data_ptr(), static_cast<const uint8_t*>(data_or_null(valid)),
-      grad_logits.contiguous().const_data_ptr(), target(0), target(1), target(2),
-      stream_of(grad_logits, "top_k_gate"));
+  LinearWanted wanted;
+  wanted.features = ctx.needs_input_grad(0);
+  wanted.weight = ctx.needs_input_grad(1);
+  wanted.bias = or_undefined(saved[2]).defined() && ctx.needs_input_grad(2);
+  const LinearGradients gradients = linear_product_backward(
+      operands.features, operands.weight, valid, grad_logits.contiguous(), wanted);
+  variable_list results = {gradients.features, gradients.weight, gradients.bias};
   for (size_t i = 0; i < 3; ++i) {
     if (results[i].defined()) results[i] = results[i].to(saved[i].scalar_type());
   }
@@ -110,9 +88,9 @@ struct LinearRouter : torch::autograd::Function<LinearRouter> {
   static variable_list forward(AutogradContext* ctx, const Tensor& features, const Tensor& weight,
                                const Tensor& bias, const Tensor& valid, const Tensor& expert_bias,
                                const LinearRouterOptions& options) {
-    const Operands operands = form_logits(features, weight, or_undefined(bias));
+    const Tensor logits = form_logits(read_operands(features, weight), or_undefined(bias));
     variable_list outputs =
-        route_logits(operands.logits, or_undefined(valid), or_undefined(expert_bias), options);
+        route_logits(logits, or_undefined(valid), or_undefined(expert_bias), options);
     ctx->save_for_backward({features, weight, bias, valid, outputs[kExpertIdx]});
     mark_integers(*ctx, outputs);
     save_options(*ctx, options);
@@ -123,9 +101,10 @@ struct LinearRouter : torch::autograd::Function<LinearRouter> {
     require_first_derivative();
     const variable_list saved = ctx->get_saved_variables();
     const Tensor valid = or_undefined(saved[3]);
-    const Operands operands = form_logits(saved[0], saved[1], or_undefined(saved[2]));
+    const Operands operands = read_operands(saved[0], saved[1]);
+    const Tensor logits = form_logits(operands, or_undefined(saved[2]));
     const Tensor grad_logits =
-        route_logits_backward(operands.logits, valid, saved[4], saved_options(*ctx), gradients);
+        route_logits_backward(logits, valid, saved[4], saved_options(*ctx), gradients);
     variable_list results = linear_backward(*ctx, saved, operands, valid, grad_logits);
     results.resize(6);  // nothing for valid, expert_bias and options
     return results;
@@ -141,7 +120,7 @@ struct LinearLogits : torch::autograd::Function<LinearLogits> {
   static Tensor forward(AutogradContext* ctx, const Tensor& features, const Tensor& weight,
                         const Tensor& bias, const Tensor& valid) {
     ctx->save_for_backward({features, weight, bias, valid});
-    return clean_rows(form_logits(features, weight, or_undefined(bias)).logits,
+    return clean_rows(form_logits(read_operands(features, weight), or_undefined(bias)),
                       or_undefined(valid));
   }
 

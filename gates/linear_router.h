@@ -24,8 +24,8 @@ struct LinearRouterOutput {
   at::Tensor score_sum;          ///< [E] differentiable, undefined unless asked for
   at::Tensor lse_square_sum;     ///< scalar, differentiable, undefined unless asked for
   at::Tensor score_shares;       ///< [T, E] differentiable, undefined unless asked for
-  int64_t non_finite_tokens = 0;
-  double entropy_sum = 0;
+  at::Tensor non_finite_tokens;  ///< scalar int64
+  at::Tensor entropy_sum;        ///< scalar float64
 };
 
 /// Float64 if the weight is float64, else float32.

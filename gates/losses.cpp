@@ -3,13 +3,17 @@
 #include <ATen/ops/_unique.h>
 #include <ATen/ops/bincount.h>
 #include <ATen/ops/dot.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <cmath>
 
 #include "gates/describe.h"
+#include "gates/device.h"
 #include "gates/gate_parts.h"
 #include "kernels/error.h"
 
@@ -49,7 +53,8 @@ NamedLoss load_balance_loss(const BalanceTerms& terms, const at::Tensor& global_
     scale = static_cast<double>(terms.score_sum.size(0)) / assignments /
             static_cast<double>(tokens_global);
   }
-  const at::Tensor f = global_tokens_per_expert.to(at::kDouble).mul_(scale);
+  const at::Tensor f =
+      global_tokens_per_expert.to(terms.score_sum.device(), at::kDouble).mul_(scale);
   const at::Tensor raw = at::dot(terms.score_sum.to(at::kDouble), f);
   const at::ScalarType type = terms.score_sum.scalar_type();
   return {"aux_loss", raw.mul(terms.aux_loss_coeff).to(type), raw.detach().to(type)};
@@ -133,6 +138,8 @@ NamedLoss finish_global_loss(const GlobalLoss& loss, const at::Tensor& global_su
 }
 
 at::Tensor weight_per_expert(const Routing& routing, int64_t num_experts) {
+  // Sums in the order of tokens, which atomic additions of a GPU would not keep.
+  if (is_on_device(routing.weights)) return dense_weights(routing, num_experts).sum(0);
   validate(routing, num_experts, "weight_per_expert");
   return at::zeros({num_experts}, routing.weights.options())
       .index_add(0, routing.expert_idx, routing.weights);
@@ -144,8 +151,9 @@ GlobalLoss balance_entropy_loss(const at::Tensor& weight_sum, double coeff) {
   return {"balance_loss", coeff, weight_sum,
           [](const at::Tensor& sum, int64_t /*tokens_global*/) -> at::Tensor {
             const at::Tensor total = sum.sum();
-            if (total.item<double>() == 0) return at::zeros({}, sum.options());
-            const at::Tensor mean = sum / total;
+            // Without any weight the mean is 0, not 0/0.
+            const at::Tensor divisor = at::where(total == 0, at::ones_like(total), total);
+            const at::Tensor mean = at::where(total == 0, at::zeros_like(sum), sum / divisor);
             // An expert without weight adds 0; log of the smallest number keeps its slope finite.
             return (mean * mean.clamp_min(1e-30).log()).sum();
           }};

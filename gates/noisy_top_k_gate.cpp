@@ -121,7 +121,7 @@ GateOutput NoisyTopKGate::forward(const GateInput& input) {
   output.routing.weights = routed.weights;
   if (valid.defined()) output.routing = without_invalid(output.routing, valid);
   output.stats = count_assignments(output.routing, num_experts(), count_valid(input));
-  output.stats.non_finite_tokens = routed.non_finite_tokens;
+  output.stats.non_finite_tokens = routed.non_finite_tokens.item<int64_t>();
 
   if (options_.importance_coeff() > 0) {
     at::Tensor importance;

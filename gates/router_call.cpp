@@ -3,8 +3,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include "gates/linear_product.h"
 #include "kernels/error.h"
-#include "kernels/router_linear.h"
 
 namespace perseid::gates {
 namespace {
@@ -28,12 +28,7 @@ Tensor or_empty(const Tensor& tensor) {
 Tensor or_undefined(const Tensor& tensor) { return tensor.numel() > 0 ? tensor : Tensor(); }
 
 Tensor sum_of_rows(const Tensor& rows) {
-  const Tensor sum = at::empty({rows.size(1)}, rows.options());
-  const kernels::DType dtype = kernel_type(rows.scalar_type());
-  kernels::router_linear_backward({rows.size(0), rows.size(1), 1}, dtype, dtype, nullptr, nullptr,
-                                  nullptr, rows.const_data_ptr(), nullptr, nullptr,
-                                  sum.mutable_data_ptr(), stream_of(rows, "sum_of_rows"));
-  return sum;
+  return linear_product_backward({}, {}, {}, rows, {.bias = true}).bias;
 }
 
 std::vector<Tensor> route_logits(const Tensor& logits, const Tensor& valid,
@@ -94,8 +89,8 @@ LinearRouterOutput router_output(const std::vector<Tensor>& list,
   output.weights = list[kWeights];
   output.expert_idx = list[kExpertIdx];
   output.tokens_per_expert = list[kTokensPerExpert];
-  output.non_finite_tokens = list[kNonFinite].item<int64_t>();
-  output.entropy_sum = list[kEntropySum].item<double>();
+  output.non_finite_tokens = list[kNonFinite];
+  output.entropy_sum = list[kEntropySum];
   if (options.score_sum) output.score_sum = list[kScoreSum];
   if (options.lse_square_sum) output.lse_square_sum = list[kLseSquareSum];
   if (options.score_shares) output.score_shares = list[kScoreShares];

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "gates/describe.h"
+#include "gates/device.h"
 #include "gates/ragged_table.h"
 #include "kernels/error.h"
 
@@ -202,7 +203,7 @@ Tensor explicit_offsets(const Routing& routing) {
 }
 
 Tensor dense_weights(const Routing& routing, int64_t num_experts) {
-  validate(routing, num_experts, "dense_weights");
+  validate_without_wait(routing, num_experts, "dense_weights");
   const Tensor position = token_of_assignment(routing).mul_(num_experts).add_(routing.expert_idx);
   return at::zeros({routing.num_tokens * num_experts}, routing.weights.options())
       .scatter(0, position, routing.weights)
@@ -219,11 +220,20 @@ void validate(const Routing& routing, int64_t num_experts, const char* operation
   require_weights(routing, operation);
 }
 
+void validate_without_wait(const Routing& routing, int64_t num_experts, const char* operation) {
+  if (is_on_device(routing.expert_idx)) {
+    validate_shapes(routing, num_experts, operation);
+  } else {
+    validate(routing, num_experts, operation);
+  }
+}
+
 void validate_rows(const Routing& routing, int64_t num_experts, const char* operation) {
   require_row_shapes(routing, num_experts, operation);
   const int64_t T = routing.num_tokens, A = routing.num_assignments();
-  const Tensor offsets = explicit_offsets(routing).cpu().contiguous();
-  const Tensor experts = routing.expert_idx.cpu().contiguous();
+  const std::vector<Tensor> host =
+      to_host({explicit_offsets(routing).contiguous(), routing.expert_idx.contiguous()});
+  const Tensor &offsets = host[0], &experts = host[1];
   const int32_t* offset = offsets.const_data_ptr<int32_t>();
   const int32_t* expert = experts.const_data_ptr<int32_t>();
   require(offset[0] == 0 && offset[T] == A, operation, "token_offsets",

@@ -49,10 +49,14 @@ at::Tensor explicit_offsets(const Routing& routing);
 /// Differentiable.
 at::Tensor dense_weights(const Routing& routing, int64_t num_experts);
 
-/// Throws ConfigError unless shapes, types and ids are legal. Reads the data.
+/// Throws ConfigError unless shapes, types and ids are legal. Reads the data; for data on a GPU the
+/// host waits.
 void validate(const Routing& routing, int64_t num_experts, const char* operation);
 /// The part of it that reads no data: shapes and types.
 void validate_shapes(const Routing& routing, int64_t num_experts, const char* operation);
+/// All of it for data on the host; on a GPU, where the host would have to wait for the data, only
+/// shapes and types.
+void validate_without_wait(const Routing& routing, int64_t num_experts, const char* operation);
 /// The part of it that is about rows and ids, not about weights: these may be undefined.
 void validate_rows(const Routing& routing, int64_t num_experts, const char* operation);
 

@@ -3,7 +3,22 @@
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
+#include <vector>
+
+#include "gates/device.h"
+
 namespace perseid::gates {
+
+SmoothStepCounters::SmoothStepCounters(const at::Tensor& like)
+    : removed_weight_(at::empty({1}, like.options().dtype(at::kDouble).requires_grad(false))),
+      integers_(at::empty({3}, removed_weight_.options().dtype(at::kLong))) {}
+
+SmoothStepCounts SmoothStepCounters::read(int64_t factor) const {
+  const std::vector<at::Tensor> host = to_host({removed_weight_, integers_});
+  const int64_t* integers = host[1].const_data_ptr<int64_t>();
+  return {integers[0] * factor, integers[1] * factor, integers[2] * factor,
+          *host[0].const_data_ptr<double>() * static_cast<double>(factor)};
+}
 
 using at::Tensor;
 

@@ -65,6 +65,23 @@ struct SmoothStepCounts {
   double removed_weight = 0;
 };
 
+/// Where a kernel writes these counts: next to the data it reads.
+class SmoothStepCounters {
+ public:
+  /// @param like  a tensor of the kernel's input
+  explicit SmoothStepCounters(const at::Tensor& like);
+  double* removed_weight() const { return removed_weight_.mutable_data_ptr<double>(); }
+  int64_t* num_nodes() const { return field(0); }
+  int64_t* saturated_nodes() const { return field(1); }
+  int64_t* non_finite_tokens() const { return field(2); }
+  /// The counts, each times `factor`. Waits for the kernel.
+  SmoothStepCounts read(int64_t factor) const;
+
+ private:
+  int64_t* field(int64_t i) const { return integers_.mutable_data_ptr<int64_t>() + i; }
+  at::Tensor removed_weight_, integers_;
+};
+
 /// coeff * sum / num_tokens in `type`, 0 if num_tokens is 0.
 NamedLoss mean_loss(const char* name, const at::Tensor& sum, double coeff, int64_t num_tokens,
                     at::ScalarType type);

@@ -27,12 +27,13 @@ constexpr const char* kOperation = "statistical_top_k_gate";
 struct Threshold : torch::autograd::Function<Threshold> {
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& valid,
                         int64_t top_k, const kernels::StatisticalTopKOptions& options,
-                        int64_t* non_finite_tokens) {
+                        const Tensor& non_finite_tokens) {
     const Tensor weights = at::empty_like(logits);
     kernels::statistical_top_k(
         {logits.size(0), logits.size(1), top_k}, options, kernel_type(logits.scalar_type()),
         logits.const_data_ptr(), static_cast<const uint8_t*>(data_or_null(or_undefined(valid))),
-        weights.mutable_data_ptr(), non_finite_tokens, stream_of(logits, kOperation));
+        weights.mutable_data_ptr(), non_finite_tokens.mutable_data_ptr<int64_t>(),
+        stream_of(logits, kOperation));
     ctx->save_for_backward({logits, valid, weights});
     ctx->saved_data["top_k"] = top_k;
     ctx->saved_data["unbiased"] = options.unbiased;
@@ -99,11 +100,11 @@ GateOutput StatisticalTopKGate::forward(const GateInput& input) {
     kernel.detach_threshold = options_.detach_threshold();
     kernel.min_experts = options_.min_experts();
     kernel.cap = options_.cap();
-    int64_t non_finite_tokens = 0;
-    output.routing = routing_from_dense(Threshold::apply(logits, or_empty(valid).contiguous(),
-                                                         top_k(), kernel, &non_finite_tokens));
+    const Tensor non_finite_tokens = at::zeros({}, logits.options().dtype(at::kLong));
+    output.routing = routing_from_dense(
+        Threshold::apply(logits, or_empty(valid).contiguous(), top_k(), kernel, non_finite_tokens));
     output.stats = count_assignments(output.routing, num_experts(), count_valid(input));
-    output.stats.non_finite_tokens = non_finite_tokens;
+    output.stats.non_finite_tokens = non_finite_tokens.item<int64_t>();
   }
   if (options_.balance_coeff() > 0) {
     output.global_losses.push_back(balance_entropy_loss(

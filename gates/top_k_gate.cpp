@@ -1,6 +1,7 @@
 #include "gates/top_k_gate.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
@@ -9,6 +10,7 @@
 #include <utility>
 
 #include "gates/describe.h"
+#include "gates/device.h"
 #include "gates/draws.h"
 #include "gates/gate_parts.h"
 #include "gates/linear_router.h"
@@ -148,10 +150,10 @@ GateOutput TopKGate::forward(const GateInput& input) {
   output.stats.num_tokens = count_valid(input);
   output.stats.num_assignments = output.stats.num_tokens * top_k();
   output.stats.tokens_per_expert = routed.tokens_per_expert;
-  output.stats.non_finite_tokens = routed.non_finite_tokens;
+  output.stats.unread = at::stack({routed.non_finite_tokens.to(at::kDouble), routed.entropy_sum});
   output.stats.tokens_with_one_expert = top_k() == 1 ? output.stats.num_tokens : 0;
   output.stats.max_experts_per_token = output.stats.num_tokens > 0 ? top_k() : 0;
-  output.stats.entropy_sum = routed.entropy_sum;
+  if (!input.defer_counts || !is_on_device(input.tokens)) read_counts({&output.stats});
   output.routing.num_tokens = input.tokens.size(0);
   output.routing.top_k = top_k();
   output.routing.expert_idx = routed.expert_idx;

@@ -12,6 +12,7 @@
 #include <numeric>
 #include <vector>
 
+#include "gates/device.h"
 #include "kernels/error.h"
 #include "kernels/parallel.h"
 #include "kernels/random.h"
@@ -32,29 +33,31 @@ struct Rows {
   explicit Rows(const gates::Routing& routing)
       : num_tokens(routing.num_tokens),
         num_assignments(routing.num_assignments()),
-        offsets_tensor(gates::explicit_offsets(routing).contiguous()),
-        expert_tensor(routing.expert_idx.contiguous()),
-        offsets(offsets_tensor.const_data_ptr<int32_t>()),
-        expert_of(expert_tensor.const_data_ptr<int32_t>()) {}
+        host(gates::to_host({gates::explicit_offsets(routing).contiguous(),
+                             routing.expert_idx.contiguous(),
+                             routing.weights.detach().contiguous()})),
+        weights(host[2]),
+        offsets(host[0].const_data_ptr<int32_t>()),
+        expert_of(host[1].const_data_ptr<int32_t>()) {}
 
   int64_t num_tokens;
   int64_t num_assignments;
-  at::Tensor offsets_tensor;
-  at::Tensor expert_tensor;
+  std::vector<at::Tensor> host;
+  at::Tensor weights;        // [A]
   const int32_t* offsets;    // [T+1]
   const int32_t* expert_of;  // [A]
 };
 
 /// Tokens in the order in which they may take places.
-std::vector<int32_t> token_order(const Rows& rows, const at::Tensor& weights,
-                                 const CapacityOptions& options, const DropContext& context) {
+std::vector<int32_t> token_order(const Rows& rows, const CapacityOptions& options,
+                                 const DropContext& context) {
   std::vector<int32_t> order(static_cast<size_t>(rows.num_tokens));
   std::iota(order.begin(), order.end(), 0);
   const auto sort_by = [&](const auto& comes_first) {
     std::stable_sort(order.begin(), order.end(), comes_first);
   };
   if (options.drop_policy == DropPolicy::kBatchPriority) {
-    const at::Tensor values = weights.detach().to(at::kDouble).contiguous();
+    const at::Tensor values = rows.weights.to(at::kDouble);
     const double* weight = values.const_data_ptr<double>();
     std::vector<double> largest(order.size(), -std::numeric_limits<double>::infinity());
     for (size_t t = 0; t < order.size(); ++t) {
@@ -133,14 +136,13 @@ int64_t keep_one(const Rows& rows, const std::vector<int32_t>& order, int64_t ca
 }
 
 template <typename T>
-void keep_largest(const Rows& rows, const at::Tensor& weights, int64_t capacity,
-                  int64_t num_experts, std::vector<uint8_t>& is_kept) {
+void keep_largest(const Rows& rows, int64_t capacity, int64_t num_experts,
+                  std::vector<uint8_t>& is_kept) {
   std::vector<int64_t> first(static_cast<size_t>(num_experts) + 1);
   std::vector<int32_t> order(is_kept.size());
   kernels::counting_sort(rows.expert_of, rows.num_assignments, num_experts, first.data(),
                          order.data());
-  const at::Tensor values = weights.detach().contiguous();
-  const T* weight_of = values.const_data_ptr<T>();
+  const T* weight_of = rows.weights.const_data_ptr<T>();
   std::vector<T> sorted(is_kept.size());
   std::vector<uint8_t> sorted_is_kept(is_kept.size());
   constexpr kernels::DType kType =
@@ -227,20 +229,19 @@ CappedRouting drop_over_capacity(const gates::Routing& routing, int64_t capacity
   std::vector<uint8_t> is_kept(static_cast<size_t>(num_assignments));
   int64_t num_dropped = num_assignments - num_kept;
   if (is_one) {
-    num_dropped = keep_one(rows, token_order(rows, routing.weights, options, context), capacity,
-                           num_experts, is_kept);
+    num_dropped =
+        keep_one(rows, token_order(rows, options, context), capacity, num_experts, is_kept);
     num_kept = std::count(is_kept.begin(), is_kept.end(), uint8_t{1});
   } else if (options.drop_policy != DropPolicy::kProbability) {
-    keep_first(rows, token_order(rows, routing.weights, options, context), capacity, num_experts,
-               is_kept);
+    keep_first(rows, token_order(rows, options, context), capacity, num_experts, is_kept);
   } else if (routing.weights.scalar_type() == at::kDouble) {
-    keep_largest<double>(rows, routing.weights, capacity, num_experts, is_kept);
+    keep_largest<double>(rows, capacity, num_experts, is_kept);
   } else {
-    keep_largest<float>(rows, routing.weights, capacity, num_experts, is_kept);
+    keep_largest<float>(rows, capacity, num_experts, is_kept);
   }
 
   const bool renormalize = options.renormalize_after_drop;
-  const auto int_options = rows.offsets_tensor.options();
+  const at::TensorOptions int_options = at::kInt;
   const at::Tensor offsets = at::empty({rows.num_tokens + 1}, int_options);
   const at::Tensor kept = at::empty({num_kept}, int_options);
   const at::Tensor token_of = at::empty({renormalize ? num_kept : 0}, int_options);
@@ -269,13 +270,16 @@ CappedRouting drop_over_capacity(const gates::Routing& routing, int64_t capacity
   CappedRouting capped;
   capped.num_dropped = num_dropped;
   capped.routing.num_tokens = rows.num_tokens;
-  capped.routing.token_offsets = offsets;
-  capped.routing.expert_idx = rows.expert_tensor.index_select(0, kept);
-  capped.routing.weights = routing.weights.index_select(0, kept);
+  const at::Device home = routing.expert_idx.device();
+  const at::Tensor kept_home = kept.to(home);
+  capped.routing.token_offsets = offsets.to(home);
+  capped.routing.expert_idx = routing.expert_idx.index_select(0, kept_home);
+  capped.routing.weights = routing.weights.index_select(0, kept_home);
   capped.routing.scores = routing.scores;
   if (renormalize) {
     capped.routing.weights =
-        renormalized(routing.weights, old_token_of, capped.routing.weights, token_of, has_loss);
+        renormalized(routing.weights, old_token_of.to(home), capped.routing.weights,
+                     token_of.to(home), has_loss.to(home));
   }
   return capped;
 }

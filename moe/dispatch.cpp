@@ -6,6 +6,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "comm/exchange.h"
+#include "gates/device.h"
 #include "kernels/combine.h"
 #include "kernels/permute.h"
 #include "moe/tensor_types.h"
@@ -38,7 +39,7 @@ int64_t row_bytes(const at::Tensor& rows) { return rows.size(1) * rows.element_s
 at::Tensor permuted(const at::Tensor& rows, const at::Tensor& row_of) {
   at::Tensor out = at::empty({row_of.size(0), rows.size(1)}, rows.options());
   kernels::permute(data_of(rows), int32_data(row_of), mutable_data_of(out), row_of.size(0),
-                   row_bytes(rows));
+                   row_bytes(rows), gates::stream_of(rows, "dispatch"));
   return out;
 }
 
@@ -47,7 +48,8 @@ at::Tensor exchanged(const at::Tensor& rows, const comm::ExchangePlan& plan, con
   if (pipe.group.size() == 1) return rows;
   at::Tensor received = at::empty({plan.num_recv_rows(), rows.size(1)}, rows.options());
   comm::exchange_rows(data_of(rows), mutable_data_of(received),
-                      {dtype_of(rows, "dispatch"), rows.size(1)}, plan, pipe.group, pipe.site);
+                      {dtype_of(rows, "dispatch"), rows.size(1)}, plan, pipe.group, pipe.site,
+                      gates::stream_of(rows, "dispatch"));
   return received;
 }
 
@@ -63,7 +65,8 @@ at::Tensor combine_rows(const at::Tensor& rows, const Pipe& pipe) {
   if (!plan.token_rows.defined()) return home;
   at::Tensor out = at::empty({plan.num_tokens, home.size(1)}, home.options());
   kernels::combine(data_of(home), plan.by_token(), nullptr, 1, mutable_data_of(out),
-                   plan.num_tokens, home.size(1), dtype_of(home, "combine"));
+                   plan.num_tokens, home.size(1), dtype_of(home, "combine"),
+                   gates::stream_of(home, "combine"));
   return out;
 }
 
@@ -80,7 +83,7 @@ at::Tensor return_weights(const at::Tensor& weights, const Pipe& pipe) {
   if (!order.defined()) return home;
   at::Tensor out = at::empty_like(home);
   kernels::unpermute(data_of(home), int32_data(order), mutable_data_of(out), order.size(0),
-                     row_bytes(home));
+                     row_bytes(home), gates::stream_of(home, "dispatch_weights"));
   return out;
 }
 
@@ -119,8 +122,7 @@ c10::intrusive_ptr<Pipe> make_pipe(const at::Tensor& rows, const PlanPtr& plan,
             "is not 2; pass rows of one width");
     require(rows.size(0) == expected(*plan), operation, "rows", rows.size(0),
             "differs from " + to_text(expected(*plan)) + " rows of the plan");
-    require(rows.device().is_cpu(), operation, "device", rows.device(),
-            "is not in this build; pass CPU tensors");
+    gates::stream_of(rows, operation);  // throws for devices without kernels
     dtype_of(rows, operation);
   });
   return c10::make_intrusive<Pipe>(plan, group, site);

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "gates/describe.h"
+#include "gates/device.h"
 #include "kernels/error.h"
 #include "moe/tensor_types.h"
 #include "moe/threads.h"
@@ -38,13 +39,12 @@ void Experts::require_inputs(const at::Tensor& rows, const at::Tensor& weights,
   require(routing_plan != nullptr, operation, "plan", "null",
           "is none; make_routing_plan makes it");
   const LocalPlan& plan = routing_plan->local;
-  require(rows.defined() && rows.device().is_cpu(), operation, "rows",
-          rows.defined() ? gates::describe(rows) + " on " + to_text(rows.device()) : "undefined",
-          "must be a CPU tensor");
-  require(weights.defined() && weights.device().is_cpu(), operation, "weights",
+  require(rows.defined(), operation, "rows", "undefined", "must be a tensor");
+  gates::stream_of(rows, operation);  // throws for devices without kernels
+  require(weights.defined() && weights.device() == rows.device(), operation, "weights",
           weights.defined() ? gates::describe(weights) + " on " + to_text(weights.device())
                             : "undefined",
-          "must be a CPU tensor");
+          "must be a tensor on the device of the rows, " + to_text(rows.device()));
   dtype_of(rows, operation);  // throws for others
   require(rows.dim() == 2 && rows.size(1) == d_in_, operation, "rows", rows.sizes(),
           "must be [N, d_in] with d_in=" + to_text(d_in_));

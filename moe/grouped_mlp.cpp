@@ -7,9 +7,11 @@
 #include <cmath>
 #include <limits>
 
+#include "gates/device.h"
 #include "gates/gate.h"
 #include "kernels/error.h"
 #include "kernels/random.h"
+#include "moe/device_experts.h"
 #include "moe/grouped_rows.h"
 #include "moe/mlp_core.h"
 #include "moe/products.h"
@@ -90,6 +92,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 
   static at::Tensor outputs(const at::Tensor& rows, const at::Tensor& matrix,
                             const at::Tensor& bias, const LocalPlan& local) {
+    if (gates::is_on_device(rows)) return device_linear_outputs(rows, matrix, bias, local);
     const at::Tensor row_of = local.row_of_sorted();
     at::Tensor out = at::empty({local.num_assignments, matrix.size(1)}, rows.options());
     for_each_segment(make_segments(local), [&](const Segment& segment, Scratch& scratch) {
@@ -120,13 +123,19 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const LocalPlan& local = plan->local;
     const bool wants_rows = ctx->needs_input_grad(kRows);
     const at::Tensor grad_out = grads[0].contiguous();
-    const at::Tensor row_of = local.row_of_sorted();
     const RowSums sums(local, dtype_of(rows, "grouped_linear"));
     const at::Tensor grad_y = sums.expanded(grad_out, weights, matrix.size(1));
     at::Tensor grad_weights;
     if (ctx->needs_input_grad(kWeights)) {
       grad_weights = sums.weight_gradient(grad_out, outputs(rows, matrix, bias, local), weights);
     }
+    if (gates::is_on_device(rows)) {
+      const LinearExpertGradients grads_of = device_linear_backward(
+          grad_y, rows, matrix, local, wants_rows, ctx->needs_input_grad(kMatrix),
+          bias.defined() && ctx->needs_input_grad(kBias));
+      return {grads_of.rows, grad_weights, grads_of.matrix, grads_of.bias, {}};
+    }
+    const at::Tensor row_of = local.row_of_sorted();
     at::Tensor grad_x = wants_rows
                             ? at::empty({local.num_assignments, rows.size(1)}, rows.options())
                             : at::Tensor();

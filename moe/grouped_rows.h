@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "gates/device.h"
 #include "kernels/combine.h"
 #include "kernels/permute.h"
 #include "moe/routing_plan.h"
@@ -23,13 +24,15 @@ inline at::Tensor expert_part(const at::Tensor& stacked, int64_t expert) {
 inline at::Tensor to_sorted(const at::Tensor& values, const LocalPlan& plan) {
   at::Tensor sorted = at::empty_like(values);
   kernels::permute(data_of(values), int32_data(plan.order), mutable_data_of(sorted),
-                   plan.num_assignments, values.size(1) * values.element_size());
+                   plan.num_assignments, values.size(1) * values.element_size(),
+                   gates::stream_of(values, "experts"));
   return sorted;
 }
 inline at::Tensor from_sorted(const at::Tensor& sorted, const LocalPlan& plan) {
   at::Tensor values = at::empty_like(sorted);
   kernels::unpermute(data_of(sorted), int32_data(plan.order), mutable_data_of(values),
-                     plan.num_assignments, sorted.size(1) * sorted.element_size());
+                     plan.num_assignments, sorted.size(1) * sorted.element_size(),
+                     gates::stream_of(sorted, "experts"));
   return values;
 }
 
@@ -47,7 +50,7 @@ class RowSums {
     at::Tensor out = at::empty({plan_.num_rows, num_gates * width}, sorted.options());
     if (plan_.num_assignments == 0) return out.zero_();
     kernels::combine(data_of(sorted), index(), data_of(weights), num_gates, mutable_data_of(out),
-                     plan_.num_rows, width, dtype_);
+                     plan_.num_rows, width, dtype_, gates::stream_of(sorted, "experts"));
     return out;
   }
 
@@ -58,7 +61,7 @@ class RowSums {
     if (plan_.num_assignments == 0) return sorted;
     kernels::combine_backward(data_of(grad_out), nullptr, index(), data_of(weights),
                               weights.size(1), mutable_data_of(sorted), nullptr, plan_.num_rows,
-                              width, dtype_);
+                              width, dtype_, gates::stream_of(sorted, "experts"));
     return sorted;
   }
 
@@ -69,7 +72,7 @@ class RowSums {
     if (plan_.num_assignments == 0) return out;
     kernels::combine_backward(data_of(grad_out), data_of(sorted), index(), data_of(weights),
                               weights.size(1), nullptr, mutable_data_of(out), plan_.num_rows,
-                              sorted.size(1), dtype_);
+                              sorted.size(1), dtype_, gates::stream_of(sorted, "experts"));
     return out;
   }
 

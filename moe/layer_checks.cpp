@@ -6,6 +6,7 @@
 #include <string>
 
 #include "gates/describe.h"
+#include "gates/device.h"
 #include "kernels/error.h"
 #include "moe/tensor_types.h"
 
@@ -14,9 +15,14 @@ namespace {
 
 constexpr const char* kName = "moe_layer";
 
-bool is_table(const at::Tensor& tensor, at::IntArrayRef sizes, at::ScalarType type) {
+bool is_table(const at::Tensor& tensor, at::IntArrayRef sizes, at::ScalarType type,
+              at::Device device) {
   return tensor.defined() && tensor.sizes() == sizes && tensor.scalar_type() == type &&
-         tensor.device().is_cpu();
+         tensor.device() == device;
+}
+
+at::Device device_of_counts(const gates::GateStats& stats) {
+  return stats.unread.defined() ? stats.unread.device() : at::Device(at::kCPU);
 }
 
 void check_tokens(const at::Tensor& tokens, const Experts& experts) {
@@ -24,8 +30,7 @@ void check_tokens(const at::Tensor& tokens, const Experts& experts) {
           tokens.defined() ? tokens.dim() : -1, "is not 2; pass [tokens, d_model]");
   require(tokens.size(1) == experts.d_in(), kName, "tokens.width", tokens.size(1),
           "differs from d_in=" + to_text(experts.d_in()) + " of the experts");
-  require(tokens.device().is_cpu(), kName, "device", tokens.device().str(),
-          "is not in this build; pass CPU tensors");
+  gates::stream_of(tokens, kName);  // throws for devices without kernels
   require(tokens.layout() == at::kStrided, kName, "tokens.layout", tokens.layout(),
           "is not Strided; call to_dense()");
   dtype_of(tokens, kName);
@@ -55,12 +60,12 @@ void check_layer_input(const MoEInput& input, const Experts& experts, int64_t nu
 
 void check_gate_output(const gates::GateOutput& output, int64_t num_tokens, const Experts& experts,
                        int64_t num_experts, const char* name) {
-  gates::validate(output.routing, num_experts, name);
+  gates::validate_without_wait(output.routing, num_experts, name);
   require(output.routing.num_tokens == num_tokens, name, "routing.num_tokens",
           output.routing.num_tokens, "differs from the " + to_text(num_tokens) + " tokens given");
   const at::Tensor& counts = output.stats.tokens_per_expert;
-  require(is_table(counts, {num_experts}, at::kLong), name, "stats.tokens_per_expert",
-          gates::describe(counts),
+  require(is_table(counts, {num_experts}, at::kLong, device_of_counts(output.stats)), name,
+          "stats.tokens_per_expert", gates::describe(counts),
           "is not Long" + to_text(at::IntArrayRef({num_experts})) +
               "; gates::count_assignments makes it");
   const at::Tensor& sums = output.balance.score_sum;
@@ -106,8 +111,8 @@ void warn_of_capacity(const gates::Gate& gate, const gates::GateStats& stats,
 
 void check_expert_output(const at::Tensor& output, int64_t num_rows, int64_t width,
                          const at::Tensor& tokens, const char* argument) {
-  require(is_table(output, {num_rows, width}, tokens.scalar_type()), kName, argument,
-          gates::describe(output),
+  require(is_table(output, {num_rows, width}, tokens.scalar_type(), tokens.device()), kName,
+          argument, gates::describe(output),
           std::string("is not ") + c10::toString(tokens.scalar_type()) +
               to_text(at::IntArrayRef({num_rows, width})));
 }
@@ -118,8 +123,8 @@ void check_stats(const MoEStats& stats, int64_t num_experts, size_t num_gates,
   require(stats.gates.size() == num_gates, kName, (prefix + "gates").c_str(), stats.gates.size(),
           "differs from " + to_text(num_gates) + " gates of the layer");
   for (const gates::GateStats& gate : stats.gates) {
-    require(is_table(gate.tokens_per_expert, {num_experts}, at::kLong), kName,
-            (prefix + "tokens_per_expert").c_str(), gates::describe(gate.tokens_per_expert),
+    require(is_table(gate.tokens_per_expert, {num_experts}, at::kLong, device_of_counts(gate)),
+            kName, (prefix + "tokens_per_expert").c_str(), gates::describe(gate.tokens_per_expert),
             "is not Long" + to_text(at::IntArrayRef({num_experts})) +
                 "; pass statistics of this layer");
     require(gate.num_tokens >= 0, kName, (prefix + "num_tokens").c_str(), gate.num_tokens,

@@ -1,18 +1,63 @@
 // The experts' side of a plan, which needs no other rank.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/repeat_interleave.h>
+#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
 
+#include "gates/device.h"
 #include "kernels/error.h"
+#include "kernels/permute.h"
 #include "kernels/sort.h"
 #include "moe/routing_plan.h"
 #include "moe/tensor_types.h"
 
 namespace perseid {
+namespace {
+
+constexpr const char* kOperation = "local_plan";
+
+/// The place of each assignment on a GPU: the inverse of a permutation is its transpose.
+at::Tensor device_inverse(const at::Tensor& order) {
+  const at::Tensor places = at::arange(order.size(0), order.options());
+  at::Tensor out = at::empty_like(order);
+  kernels::unpermute(data_of(places), int32_data(order), mutable_data_of(out), order.size(0),
+                     order.element_size(), gates::stream_of(order, kOperation));
+  return out;
+}
+
+/// The row of each sorted place on a GPU.
+at::Tensor device_rows(const LocalPlan& plan) {
+  if (!plan.row_offsets.defined()) return plan.order.div(plan.fixed, "floor");
+  const at::Tensor lengths =
+      plan.row_offsets.slice(0, 1).sub(plan.row_offsets.slice(0, 0, -1)).to(at::kLong);
+  return at::repeat_interleave(lengths, plan.num_assignments)
+      .to(at::kInt)
+      .index_select(0, plan.order);
+}
+
+}  // namespace
+
+int64_t LocalPlan::num_local_experts() const {
+  return (device_offsets.defined() ? device_offsets.size(0)
+                                   : static_cast<int64_t>(expert_offsets.size())) -
+         1;
+}
+
+std::vector<int64_t> LocalPlan::host_offsets() const {
+  if (!expert_offsets.empty()) return expert_offsets;
+  const at::Tensor offsets = gates::to_host({device_offsets})[0];
+  const int64_t* data = offsets.const_data_ptr<int64_t>();
+  return {data, data + offsets.size(0)};
+}
+
+at::Tensor LocalPlan::expert_ends() const { return device_offsets.slice(0, 1).to(at::kInt); }
 
 at::Tensor LocalPlan::place_of_assignment() const {
+  if (gates::is_on_device(order)) return device_inverse(order);
   at::Tensor places = at::empty({num_assignments}, at::kInt);
   int32_t* out = places.mutable_data_ptr<int32_t>();
   const int32_t* sorted = int32_data(order);
@@ -21,6 +66,7 @@ at::Tensor LocalPlan::place_of_assignment() const {
 }
 
 at::Tensor LocalPlan::row_of_sorted() const {
+  if (gates::is_on_device(order)) return device_rows(*this);
   at::Tensor rows = at::empty({num_assignments}, at::kInt);
   int32_t* out = rows.mutable_data_ptr<int32_t>();
   const int32_t* sorted = int32_data(order);
@@ -45,6 +91,16 @@ LocalPlan make_local_plan(const gates::Routing& routing, int64_t num_experts) {
   local.num_assignments = routing.num_assignments();
   local.fixed = routing.top_k;
   local.row_offsets = routing.token_offsets;
+  if (gates::is_on_device(routing.expert_idx)) {
+    const at::TensorOptions options = routing.expert_idx.options();
+    local.order = at::zeros({local.num_assignments}, options);
+    local.device_offsets = at::empty({num_experts + 1}, options.dtype(at::kLong));
+    kernels::counting_sort(int32_data(routing.expert_idx), local.num_assignments, num_experts,
+                           local.device_offsets.mutable_data_ptr<int64_t>(),
+                           local.order.mutable_data_ptr<int32_t>(),
+                           gates::stream_of(routing.expert_idx, kOperation));
+    return local;
+  }
   local.order = at::empty({local.num_assignments}, at::kInt);
   local.expert_offsets.resize(static_cast<size_t>(num_experts) + 1);
   kernels::counting_sort(int32_data(routing.expert_idx), local.num_assignments, num_experts,
@@ -52,15 +108,20 @@ LocalPlan make_local_plan(const gates::Routing& routing, int64_t num_experts) {
   return local;
 }
 
-LocalPlan make_dense_plan(int64_t num_tokens) {
+LocalPlan make_dense_plan(int64_t num_tokens, at::Device device) {
   require(num_tokens >= 0 && num_tokens <= std::numeric_limits<int32_t>::max(), "make_dense_plan",
           "num_tokens", num_tokens, "is outside [0, 2147483647]");
   LocalPlan local;
   local.num_rows = num_tokens;
   local.num_assignments = num_tokens;
   local.fixed = 1;
-  local.order = at::arange(num_tokens, at::kInt);
-  local.expert_offsets = {0, num_tokens};
+  const auto ints = at::TensorOptions(at::kInt).device(device);
+  local.order = at::arange(num_tokens, ints);
+  if (gates::is_on_device(local.order)) {
+    local.device_offsets = at::arange(2, ints.dtype(at::kLong)).mul(num_tokens);
+  } else {
+    local.expert_offsets = {0, num_tokens};
+  }
   return local;
 }
 

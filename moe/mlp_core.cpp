@@ -5,6 +5,8 @@
 #include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
 
+#include "gates/device.h"
+#include "moe/device_experts.h"
 #include "moe/grouped_rows.h"
 #include "moe/products.h"
 #include "moe/segments.h"
@@ -14,6 +16,7 @@ namespace perseid {
 
 MlpOutput mlp_forward(const at::Tensor& rows, const at::Tensor& weights,
                       const MlpParameters& parameters, MlpKind kind, const LocalPlan& plan) {
+  if (gates::is_on_device(rows)) return device_mlp_forward(rows, weights, parameters, kind, plan);
   const at::Tensor &up = parameters.up, &down = parameters.down;
   const kernels::DType dtype = dtype_of(rows, "grouped_mlp");
   const int64_t d_ff = down.size(2);
@@ -74,6 +77,9 @@ MlpGradients mlp_backward(const at::Tensor& grad_out, const at::Tensor& rows,
                           const at::Tensor& weights, const MlpParameters& parameters,
                           const at::Tensor& pre, MlpKind kind, const LocalPlan& plan,
                           const MlpWanted& wanted) {
+  if (gates::is_on_device(rows)) {
+    return device_mlp_backward(grad_out, rows, weights, parameters, pre, kind, plan, wanted);
+  }
   const at::Tensor &up = parameters.up, &down = parameters.down, &down_bias = parameters.down_bias;
   const kernels::DType dtype = dtype_of(rows, "grouped_mlp");
   const int64_t d_ff = down.size(2), d_out = down.size(1);

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <optional>
 
+#include "gates/device.h"
 #include "kernels/combine.h"
 #include "kernels/error.h"
 #include "kernels/permute.h"
@@ -55,7 +56,7 @@ struct GatherRows : torch::autograd::Function<GatherRows> {
       if (count == 0) continue;
       parts.push_back(at::empty({count, d_in}, source.options()));
       kernels::permute(data_of(source), row_of + begin, mutable_data_of(parts.back()), count,
-                       d_in * source.element_size());
+                       d_in * source.element_size(), gates::stream_of(source, kOperation));
     }
     context->save_for_backward({place_of, row_offsets.value_or(at::Tensor())});
     context->saved_data["num_rows"] = rows.size(0);
@@ -69,9 +70,10 @@ struct GatherRows : torch::autograd::Function<GatherRows> {
     const int64_t num_rows = context->saved_data["num_rows"].toInt();
     const int64_t d_in = grad_sorted.size(1);
     const at::Tensor grad_rows = at::empty({num_rows, d_in}, grad_sorted.options());
-    kernels::combine(
-        data_of(grad_sorted), row_index(saved[0], saved[1], context->saved_data["fixed"].toInt()),
-        nullptr, 1, mutable_data_of(grad_rows), num_rows, d_in, dtype_of(grad_sorted, kOperation));
+    kernels::combine(data_of(grad_sorted),
+                     row_index(saved[0], saved[1], context->saved_data["fixed"].toInt()), nullptr,
+                     1, mutable_data_of(grad_rows), num_rows, d_in,
+                     dtype_of(grad_sorted, kOperation), gates::stream_of(grad_sorted, kOperation));
     return {grad_rows, {}, {}, {}, {}, {}};
   }
 };
@@ -97,7 +99,7 @@ struct CombineOutputs : torch::autograd::Function<CombineOutputs> {
       out = at::empty({num_rows, num_gates * d_out}, sorted.options());
       kernels::combine(data_of(sorted), row_index(place_of, offsets, fixed), data_of(row_weights),
                        num_gates, mutable_data_of(out), num_rows, d_out,
-                       dtype_of(sorted, kOperation));
+                       dtype_of(sorted, kOperation), gates::stream_of(sorted, kOperation));
     }
     context->save_for_backward({sorted, row_weights, place_of, offsets});
     context->saved_data["fixed"] = fixed;
@@ -125,7 +127,7 @@ struct CombineOutputs : torch::autograd::Function<CombineOutputs> {
                                 row_index(saved[2], saved[3], context->saved_data["fixed"].toInt()),
                                 data_of(weights), weights.size(1), mutable_data_of(grad_sorted),
                                 mutable_data_of(grad_weights), num_rows, sorted.size(1),
-                                dtype_of(sorted, kOperation));
+                                dtype_of(sorted, kOperation), gates::stream_of(sorted, kOperation));
     }
     variable_list gradients = {grad_sorted, grad_weights, grad_rows};
     for (const at::Tensor& parameter : context->saved_data["idle"].toTensorVector()) {
@@ -189,15 +191,16 @@ at::Tensor ModuleExperts::forward(const at::Tensor& rows, const at::Tensor& weig
   const LocalPlan& local = plan->local;
 
   const at::Tensor place_of = local.place_of_assignment();
+  const std::vector<int64_t> expert_offsets = local.host_offsets();
   variable_list inputs;
   if (local.num_assignments > 0) {
     inputs = GatherRows::apply(rows, local.row_of_sorted(), place_of, if_defined(local.row_offsets),
-                               local.fixed, local.expert_offsets);
+                               local.fixed, expert_offsets);
   }
 
   variable_list outputs, idle_parameters;
   for (size_t slot = 0; slot < modules_.size(); ++slot) {
-    const int64_t count = local.expert_offsets[slot + 1] - local.expert_offsets[slot];
+    const int64_t count = expert_offsets[slot + 1] - expert_offsets[slot];
     if (count == 0) {
       for (const at::Tensor& parameter : modules_[slot].ptr()->parameters()) {
         if (parameter.requires_grad()) idle_parameters.push_back(parameter);

@@ -12,6 +12,7 @@
 #include "comm/collectives.h"
 #include "comm/exchange.h"
 #include "gates/describe.h"
+#include "gates/device.h"
 #include "gates/losses.h"
 #include "kernels/error.h"
 #include "moe/dispatch.h"
@@ -39,6 +40,13 @@ void for_each_sum(Stats& gate, const Body& body) {
 /// Sums over ranks of statistics and of the sums that losses need, each kind in one buffer.
 void sum_over_ranks(MoEStats& stats, std::vector<at::Tensor>& loss_sums, const comm::Group& world,
                     comm::CallSite site) {
+  std::vector<at::Device> homes;
+  for (at::Tensor& sum : loss_sums) {
+    homes.push_back(sum.device());
+    sum = sum.detach().to(at::kDouble).contiguous().clone();
+  }
+  if (world.size() == 1) return;  // the sums over one rank, without a copy of them on the host
+  loss_sums = gates::to_host(loss_sums);
   std::vector<int64_t> counts = {stats.num_dropped, stats.num_tokens, stats.rows_processed};
   std::vector<int64_t> maxima;
   std::vector<double> sums;
@@ -49,8 +57,7 @@ void sum_over_ranks(MoEStats& stats, std::vector<at::Tensor>& loss_sums, const c
     maxima.push_back(gate.max_experts_per_token);
     sums.insert(sums.end(), {gate.entropy_sum, gate.removed_weight});
   }
-  for (at::Tensor& sum : loss_sums) {
-    sum = sum.detach().to(at::kDouble).contiguous().clone();
+  for (const at::Tensor& sum : loss_sums) {
     sums.insert(sums.end(), sum.const_data_ptr<double>(),
                 sum.const_data_ptr<double>() + sum.numel());
   }
@@ -80,6 +87,15 @@ void sum_over_ranks(MoEStats& stats, std::vector<at::Tensor>& loss_sums, const c
     std::copy(sum, sum + loss_sum.numel(), loss_sum.mutable_data_ptr<double>());
     sum += loss_sum.numel();
   }
+  for (size_t i = 0; i < homes.size(); ++i) loss_sums[i] = loss_sums[i].to(homes[i]);
+}
+
+/// Throws Diverged, on all ranks alike, if logits of any rank were not finite.
+void raise_non_finite(int64_t non_finite, const comm::Group& world, const comm::CallSite& site) {
+  if (non_finite == 0) return;
+  throw Diverged({kName, "non_finite_tokens", to_text(non_finite),
+                  "exceeds 0: tokens or gate parameters hold a NaN or an infinity", world.rank(),
+                  -1, site.layer, site.step});
 }
 
 std::string gate_name(size_t gate, size_t num_gates) {
@@ -105,17 +121,32 @@ void require_same_settings(const std::vector<RankShare>& all, int rank,
 }
 
 /// One local plan for a module that every token passes.
-std::shared_ptr<const RoutingPlan> dense_plan(int64_t num_tokens) {
+std::shared_ptr<const RoutingPlan> dense_plan(const at::Tensor& tokens) {
+  const int64_t num_tokens = tokens.size(0);
   auto plan = std::make_shared<RoutingPlan>();
   plan->num_tokens = num_tokens;
   plan->num_assignments = num_tokens;
-  plan->local = make_dense_plan(num_tokens);
+  plan->local = make_dense_plan(num_tokens, tokens.device());
   return plan;
 }
 
 }  // namespace
 
-MoEStats& MoEStats::operator+=(const MoEStats& other) {
+bool MoEStats::is_unread() const {
+  return std::any_of(gates.begin(), gates.end(),
+                     [](const gates::GateStats& gate) { return gate.unread.defined(); });
+}
+
+void MoEStats::read() {
+  std::vector<gates::GateStats*> all;
+  for (gates::GateStats& gate : gates) all.push_back(&gate);
+  gates::read_counts(all);
+}
+
+MoEStats& MoEStats::operator+=(const MoEStats& other_in) {
+  read();
+  MoEStats other = other_in;
+  other.read();
   require(gates.size() == other.gates.size(), kName, "stats.gates", other.gates.size(),
           "differs from " + std::to_string(gates.size()) + "; add statistics of one layer");
   num_dropped += other.num_dropped;
@@ -215,7 +246,7 @@ at::Tensor MoELayer::run_shared(const at::Tensor& tokens) {
   const int64_t num_tokens = tokens.size(0);
   const at::Tensor ones =
       at::ones({num_tokens, 1}, tokens.options().dtype(weight_type(tokens)).requires_grad(false));
-  at::Tensor output = shared_->forward(tokens, ones, dense_plan(num_tokens));
+  at::Tensor output = shared_->forward(tokens, ones, dense_plan(tokens));
   check_expert_output(output, num_tokens, shared_->d_out(), tokens, "shared.output");
   return output;
 }
@@ -232,6 +263,9 @@ gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite 
     gate_input.step = input.step;
     gate_input.progress = input.progress;
     gate_input.training = is_training();
+    // Alone on a GPU the layer needs no number of its own on the host before the end of the
+    // forward.
+    gate_input.defer_counts = world.size() == 1;
     gates::validate(gate_input, -1, kName);
   });
   // Tokens of the ranks before this one, and the valid ones of all.
@@ -276,10 +310,8 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
       stats.gates.push_back(std::move(out.stats));
       for (gates::NamedLoss& loss : out.losses) decision.losses.push_back(std::move(loss));
     }
-    if (options_.on_nonfinite == OnNonFinite::kRaise && non_finite > 0) {
-      throw Diverged({kName, "non_finite_tokens", to_text(non_finite),
-                      "exceeds 0: tokens or gate parameters hold a NaN or an infinity",
-                      groups_.world.rank(), -1, site.layer, site.step});
+    if (options_.on_nonfinite == OnNonFinite::kRaise) {
+      raise_non_finite(non_finite, groups_.world, site);
     }
     decision.selection = merge_routings(routings);
   });
@@ -295,7 +327,7 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
     at::Tensor counts = decision.stats.gates[g].tokens_per_expert;
     int64_t counted_tokens = input.tokens_global;
     if (earlier) {
-      counts = counts + earlier->gates[g].tokens_per_expert;
+      counts = counts + earlier->gates[g].tokens_per_expert.to(counts.device());
       counted_tokens += earlier->gates[g].num_tokens;
     }
     decision.losses.push_back(
@@ -327,10 +359,18 @@ MoEOutput MoELayer::finish(const MoEInput& input, const at::Tensor& combined,
   }
   out.losses = std::move(decision.losses);
   out.stats = std::move(decision.stats);
+  if (options_.on_nonfinite == OnNonFinite::kRaise && out.stats.is_unread()) {
+    out.stats.read();  // all of the forward is queued by now
+    int64_t non_finite = 0;
+    for (const gates::GateStats& gate : out.stats.gates) non_finite += gate.non_finite_tokens;
+    raise_non_finite(non_finite, groups_.world, {kName, options_.layer_id, input.step});
+  }
   return out;
 }
 
-void MoELayer::after_step(const MoEStats& stats) {
+void MoELayer::after_step(const MoEStats& stats_in) {
+  MoEStats stats = stats_in;
+  stats.read();
   check_stats(stats, placement_.num_experts(), gates_.size(), "stats");
   for (size_t g = 0; g < gates_.size(); ++g) gates_[g]->after_step(stats.gates[g]);
 }

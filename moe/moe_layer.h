@@ -16,7 +16,8 @@
 namespace perseid {
 
 enum class OnNonFinite : uint8_t {
-  kRaise,  ///< a NaN or infinity in the logits of any rank makes all ranks throw Diverged
+  kRaise,  ///< a NaN or infinity in the logits of any rank makes all ranks throw Diverged; on a GPU
+           ///< the host waits for the count at the end of the forward
   kCount,  ///< only counted in the statistics
 };
 
@@ -34,7 +35,12 @@ struct MoEStats {
   int64_t num_tokens = 0;               ///< valid tokens
   int64_t rows_processed = 0;  ///< (token, expert) pairs that experts ran, after merging gates
 
-  /// Adds the counts of another micro-batch of the same layer.
+  /// On a GPU, with one rank and OnNonFinite::kCount, some counts stay there, so that a forward
+  /// never waits (gates::GateStats::unread); read() fetches them. Otherwise they are read already.
+  bool is_unread() const;
+  void read();
+
+  /// Adds the counts of another micro-batch of the same layer, after reading both.
   MoEStats& operator+=(const MoEStats& other);
 };
 

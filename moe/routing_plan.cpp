@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "gates/device.h"
 #include "kernels/error.h"
 #include "kernels/sort.h"
 #include "moe/tensor_types.h"
@@ -161,24 +162,76 @@ void plan_local(const Received& received, int64_t num_local_experts, LocalPlan& 
 
 }  // namespace
 
+namespace {
+
+/// One process: row t is token t, and nothing travels.
+std::shared_ptr<const RoutingPlan> device_plan_of_one(const gates::Routing& routing,
+                                                      int64_t num_experts) {
+  gates::validate_shapes(routing, num_experts, kOperation);
+  gates::Routing dense = routing;
+  dense.expert_idx = routing.expert_idx.contiguous();
+  if (dense.token_offsets.defined()) dense.token_offsets = routing.token_offsets.contiguous();
+  auto plan = std::make_shared<RoutingPlan>();
+  plan->num_tokens = routing.num_tokens;
+  plan->num_assignments = routing.num_assignments();
+  plan->rows = {{routing.num_tokens}, {routing.num_tokens}};
+  plan->assignments = {{plan->num_assignments}, {plan->num_assignments}};
+  plan->local = make_local_plan(dense, num_experts);
+  return plan;
+}
+
+/// A plan made on the host, with its tensors on `device`.
+void move_to(at::Device device, RoutingPlan& plan) {
+  LocalPlan& local = plan.local;
+  for (at::Tensor* tensor : {&plan.token_of_row, &plan.assignment_order, &plan.token_row_offsets,
+                             &plan.token_rows, &local.row_offsets, &local.order}) {
+    if (tensor->defined()) *tensor = tensor->to(device);
+  }
+  at::Tensor offsets = at::empty({local.num_local_experts() + 1}, at::kLong);
+  std::copy(local.expert_offsets.begin(), local.expert_offsets.end(),
+            offsets.mutable_data_ptr<int64_t>());
+  local.device_offsets = offsets.to(device);
+}
+
+/// The integers of a routing in host memory; its weights are left out.
+gates::Routing host_integers(const gates::Routing& routing) {
+  gates::Routing host = routing;
+  host.weights = at::Tensor();
+  const std::vector<at::Tensor> copies =
+      gates::to_host({routing.expert_idx, routing.token_offsets});
+  host.expert_idx = copies[0];
+  host.token_offsets = copies[1];
+  return host;
+}
+
+}  // namespace
+
 kernels::CombineIndex RoutingPlan::by_token() const {
   if (!token_rows.defined()) return {nullptr, 1, nullptr};
   return {int32_data(token_row_offsets), 0, int32_data(token_rows)};
 }
 
-std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routing,
+std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routing_in,
                                                      const ExpertPlacement& placement,
                                                      const comm::Group& group,
                                                      const PlanOptions& options) {
   use_libtorch_threads();
   const int num_ranks = group.size();
+  const bool is_device = gates::is_on_device(routing_in.expert_idx);
+  if (is_device && num_ranks == 1) {
+    require(placement.num_ranks() == 1, kOperation, "placement.num_ranks", placement.num_ranks(),
+            "differs from the 1 rank of the group");
+    return device_plan_of_one(routing_in, placement.num_experts());
+  }
   comm::CallSite site = options.site;
   if (!site.operation) site.operation = kOperation;
   auto plan = std::make_shared<RoutingPlan>();
   // With one rank every sum is formed in choice order already, and nothing travels.
   const bool row_per_assignment = options.strict && num_ranks > 1;
   std::vector<Placed> sent;
+  gates::Routing routing;
   comm::before_exchange(comm::NextExchange::kCounts, group, site, [&] {
+    routing = host_integers(routing_in);
     require(placement.num_ranks() == num_ranks, kOperation, "placement.num_ranks",
             placement.num_ranks(),
             "differs from the " + to_text(num_ranks) + " ranks of the group");
@@ -209,6 +262,7 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
                       group, site);
   const int64_t num_local = placement.num_local_experts(group.rank());
   plan_local(read_received(received, *plan, num_local), num_local, plan->local);
+  if (is_device) move_to(routing_in.expert_idx.device(), *plan);
   return plan;
 }
 

@@ -19,9 +19,13 @@ struct LocalPlan {
   int64_t fixed = 0;            ///< > 0: every row has exactly this many, row_offsets is undefined
   at::Tensor row_offsets;       ///< [N+1] int32: row n has assignments row_offsets[n] .. [n+1]-1
   at::Tensor order;  ///< [R] int32: sorted place r holds assignment order[r]; by (expert, token)
-  std::vector<int64_t> expert_offsets;  ///< [L+1] sorted places of each local expert
+  std::vector<int64_t> expert_offsets;  ///< [L+1] sorted places of each local expert; empty for a
+                                        ///< plan that was made on a GPU
+  at::Tensor device_offsets;            ///< [L+1] int64, the same on a GPU; undefined without one
 
-  int64_t num_local_experts() const { return static_cast<int64_t>(expert_offsets.size()) - 1; }
+  int64_t num_local_experts() const;
+  std::vector<int64_t> host_offsets() const;  ///< on the host; a plan made on a GPU makes it wait
+  at::Tensor expert_ends() const;             ///< [L] int32 on a GPU: end of each local expert
   /// [R] int32: sorted place of each assignment, the inverse of `order`.
   at::Tensor place_of_assignment() const;
   /// [R] int32: row of each sorted place.
@@ -59,6 +63,8 @@ struct PlanOptions {
 
 /// Collective over `group`, also with T = 0: each rank tells its peers rows, assignments and slots.
 /// Throws ConfigError, on every rank, if the routing of one is not legal (gates::validate_rows).
+/// For a routing on a GPU the plan lies there, too: with one rank it is made there and the host
+/// does not wait; with more it is made on the host, from a copy of the routing.
 /// @param placement  of num_ranks() = group.size(), equal on all ranks
 std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routing,
                                                      const ExpertPlacement& placement,
@@ -66,10 +72,12 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
                                                      const PlanOptions& options = {});
 
 /// The plan of one process that holds all experts: row t is token t. Makes no copy of the offsets.
-/// @param routing  contiguous, ids in [0, num_experts); not checked here, see gates::validate
+/// On a GPU it is made there, without a host wait.
+/// @param routing  contiguous, ids in [0, num_experts); not checked here, see gates::validate. On a
+///                 GPU an id outside takes no row.
 LocalPlan make_local_plan(const gates::Routing& routing, int64_t num_experts);
 
 /// The plan in which every one of T rows goes to the one expert of this rank: shared experts.
-LocalPlan make_dense_plan(int64_t num_tokens);
+LocalPlan make_dense_plan(int64_t num_tokens, at::Device device = at::kCPU);
 
 }  // namespace perseid

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "gates/device.h"
 #include "kernels/error.h"
 #include "moe/tensor_types.h"
 
@@ -45,6 +46,17 @@ Selection merge_routings(const std::vector<gates::Routing>& given) {
     weights.push_back(routing.weights);
     num_pairs += routing.num_assignments();
   }
+  // Rows are merged on the host, from one copy of all integers.
+  const at::Device home = first.expert_idx.device();
+  std::vector<at::Tensor> integers;
+  for (const gates::Routing& routing : routings) {
+    integers.insert(integers.end(), {routing.expert_idx, routing.token_offsets});
+  }
+  integers = gates::to_host(integers);
+  for (size_t g = 0; g < routings.size(); ++g) {
+    routings[g].expert_idx = integers[2 * g];
+    routings[g].token_offsets = integers[2 * g + 1];
+  }
   // place[i]: where weight i of the concatenated gates goes in [A, G].
   at::Tensor place = at::empty({num_pairs}, at::kLong);
   int64_t* place_data = place.mutable_data_ptr<int64_t>();
@@ -82,12 +94,13 @@ Selection merge_routings(const std::vector<gates::Routing>& given) {
   Selection selection;
   const auto total = static_cast<int64_t>(merged.size());
   selection.routing.num_tokens = first.num_tokens;
-  selection.routing.token_offsets = offsets;
+  selection.routing.token_offsets = offsets.to(home);
   selection.routing.expert_idx = at::empty({total}, at::kInt);
   std::copy(merged.begin(), merged.end(), selection.routing.expert_idx.mutable_data_ptr<int32_t>());
+  selection.routing.expert_idx = selection.routing.expert_idx.to(home);
   const at::Tensor all = at::cat(weights);
   selection.weights = at::zeros({total * num_gates}, all.options())
-                          .index_copy(0, place, all)
+                          .index_copy(0, place.to(home), all)
                           .view({total, num_gates});
   return selection;
 }
