@@ -1,11 +1,15 @@
 #pragma once
 #include "kernels/permute.h"
+#include "kernels/sort.h"
 
 // The CUDA side of the operations of this folder: same arguments and results as the public
 // functions, which check them and call these for a stream on a GPU. In kernels/*.cu, or in a build
 // without CUDA in cuda_launchers_none.cpp, where each throws.
 
 namespace perseid::kernels::cuda {
+
+void counting_sort(const int32_t* keys, int64_t num_keys, int64_t num_buckets, int64_t* offsets,
+                   int32_t* order, const Stream& stream);
 
 void permute(const void* rows, const int32_t* row_of, void* out, int64_t num_out, int64_t row_bytes,
              const Stream& stream);
