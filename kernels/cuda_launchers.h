@@ -1,4 +1,5 @@
 #pragma once
+#include "kernels/combine.h"
 #include "kernels/permute.h"
 #include "kernels/sort.h"
 
@@ -7,6 +8,12 @@
 // without CUDA in cuda_launchers_none.cpp, where each throws.
 
 namespace perseid::kernels::cuda {
+
+void combine(const void* rows, const CombineIndex& index, const void* weights, int64_t num_gates,
+             void* out, int64_t num_out, int64_t width, DType dtype, const Stream& stream);
+void combine_backward(const void* grad_out, const void* rows, const CombineIndex& index,
+                      const void* weights, int64_t num_gates, void* grad_rows, void* grad_weights,
+                      int64_t num_out, int64_t width, DType dtype, const Stream& stream);
 
 void counting_sort(const int32_t* keys, int64_t num_keys, int64_t num_buckets, int64_t* offsets,
                    int32_t* order, const Stream& stream);

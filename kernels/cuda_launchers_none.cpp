@@ -10,6 +10,15 @@ namespace {
 }
 }  // namespace
 
+void combine(const void*, const CombineIndex&, const void*, int64_t, void*, int64_t, int64_t, DType,
+             const Stream&) {
+  refuse("combine");
+}
+void combine_backward(const void*, const void*, const CombineIndex&, const void*, int64_t, void*,
+                      void*, int64_t, int64_t, DType, const Stream&) {
+  refuse("combine_backward");
+}
+
 void counting_sort(const int32_t*, int64_t, int64_t, int64_t*, int32_t*, const Stream&) {
   refuse("counting_sort");
 }
