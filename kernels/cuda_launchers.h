@@ -1,4 +1,5 @@
 #pragma once
+#include "kernels/activation.h"
 #include "kernels/combine.h"
 #include "kernels/permute.h"
 #include "kernels/sort.h"
@@ -8,6 +9,12 @@
 // without CUDA in cuda_launchers_none.cpp, where each throws.
 
 namespace perseid::kernels::cuda {
+
+void activation_forward(const ActivationShape& shape, DType dtype, const void* pre,
+                        const void* weights, void* out, const Stream& stream);
+void activation_backward(const ActivationShape& shape, DType dtype, const void* pre,
+                         const void* weights, const void* grad_act, void* grad_pre,
+                         void* weighted_act, void* grad_weights, const Stream& stream);
 
 void combine(const void* rows, const CombineIndex& index, const void* weights, int64_t num_gates,
              void* out, int64_t num_out, int64_t width, DType dtype, const Stream& stream);
