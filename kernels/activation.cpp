@@ -10,9 +10,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernels/activation_point.h"
 #include "kernels/checks.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/lanes.h"
-#include "kernels/math.h"
 #include "kernels/parallel.h"
 
 namespace perseid::kernels {
@@ -20,32 +21,6 @@ namespace {
 
 /// Fewer elements take less time than waking a thread.
 constexpr int64_t kElementsPerThread = int64_t{1} << 14;
-
-/// f(x) and f'(x). NaN stays NaN: comparisons are written so that it takes the branch that keeps
-/// it.
-template <typename A>
-struct Point {
-  A value;
-  A slope;
-};
-
-template <Activation kActivation, typename A>
-PERSEID_INLINE Point<A> evaluate(A x) {
-  if constexpr (kActivation == Activation::kIdentity) {
-    return {x, A{1}};
-  } else if constexpr (kActivation == Activation::kRelu) {
-    return {x < A{0} ? A{0} : x, x <= A{0} ? A{0} : A{1}};
-  } else if constexpr (kActivation == Activation::kGelu) {
-    const Normal<A> at = normal(x);
-    return {x * at.cdf, at.cdf + x * at.density};
-  } else {
-    const A s = sigmoid(x);
-    return {x * s, s + x * s * (A{1} - s)};
-  }
-}
-
-template <Activation kActivation>
-using ActivationTag = std::integral_constant<Activation, kActivation>;
 
 /// Calls body(ActivationTag<...>{}, std::bool_constant<gated>{}).
 template <typename Body>
@@ -231,9 +206,11 @@ Point<double> evaluate_reference(Activation activation, double x) {
 void activation_forward(const ActivationShape& shape, DType dtype, const void* pre,
                         const void* weights, void* out, Stream stream) {
   constexpr const char* kOperation = "activation_forward";
-  require_device(stream, kOperation);
   check(kOperation, shape, pre);
   require_buffer(kOperation, "out", out, shape.num_rows * shape.d_ff);
+  if (stream.device == Device::kCuda) {
+    return cuda::activation_forward(shape, dtype, pre, weights, out, stream);
+  }
   dispatch_dtype(dtype, kOperation, [&](auto element) {
     using T = decltype(element);
     parallel_for(0, shape.num_rows, rows_per_thread(shape), [&](int64_t begin, int64_t end) {
@@ -266,9 +243,12 @@ void activation_backward(const ActivationShape& shape, DType dtype, const void* 
                          const void* weights, const void* grad_act, void* grad_pre,
                          void* weighted_act, void* grad_weights, Stream stream) {
   constexpr const char* kOperation = "activation_backward";
-  require_device(stream, kOperation);
   check(kOperation, shape, pre);
   require_buffer(kOperation, "grad_act", grad_act, shape.num_rows * shape.d_ff);
+  if (stream.device == Device::kCuda) {
+    return cuda::activation_backward(shape, dtype, pre, weights, grad_act, grad_pre, weighted_act,
+                                     grad_weights, stream);
+  }
   dispatch_dtype(dtype, kOperation, [&](auto element) {
     using T = decltype(element);
     using A = Accumulate<T>;

@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "kernels/checks.h"
+#include "kernels/combine_entries.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/lanes.h"
 #include "kernels/parallel.h"
 #include "kernels/simd.h"
@@ -21,19 +23,6 @@ constexpr int64_t kElementsPerThread = int64_t{1} << 14;
 constexpr int64_t kTile = 512;
 /// Rows ahead that are asked for: their order is irregular, so the hardware cannot foresee them.
 constexpr int64_t kEntriesAhead = 4;
-
-struct EntryRange {
-  int64_t begin;
-  int64_t end;
-};
-
-PERSEID_INLINE EntryRange entries_of(const CombineIndex& index, int64_t n) {
-  if (index.offsets == nullptr) return {n * index.fixed, (n + 1) * index.fixed};
-  return {index.offsets[n], index.offsets[n + 1]};
-}
-PERSEID_INLINE int64_t row_of_entry(const CombineIndex& index, int64_t entry) {
-  return index.row_of == nullptr ? entry : index.row_of[entry];
-}
 
 /// Everything one output needs; `weights` null means 1.
 template <typename T>
@@ -201,14 +190,17 @@ PERSEID_SIMD_CLONES void combine_outputs_backward(const BackwardJob<T>& job, int
 
 // ---- checks ----
 void check(const char* operation, const CombineIndex& index, const void* weights, int64_t num_gates,
-           int64_t num_out, int64_t width) {
+           int64_t num_out, int64_t width, const Stream& stream = {}) {
   require_count(operation, "num_out", num_out);
   require_count(operation, "width", width);
   require_count(operation, "fixed", index.fixed);
   require(num_gates >= 1, operation, "num_gates", num_gates, "is below 1; choose 1 or more");
-  // Weights of no entries may be null: that is what an empty tensor holds.
-  const bool has_entries = num_out > 0 && entries_of(index, num_out - 1).end > 0;
-  require(weights != nullptr || num_gates == 1 || !has_entries, operation, "num_gates", num_gates,
+  if (weights != nullptr || num_gates == 1) return;
+  // Weights of no entries may be null: that is what an empty tensor holds. Offsets of a device stay
+  // unread.
+  const bool is_readable = index.offsets == nullptr || stream.device == Device::kCpu;
+  const bool has_entries = num_out > 0 && is_readable && entries_of(index, num_out - 1).end > 0;
+  require(!has_entries, operation, "num_gates", num_gates,
           "differs from 1, but weights=null; pass weights or choose 1");
 }
 
@@ -222,9 +214,11 @@ int64_t outputs_per_thread(const CombineIndex& index, int64_t num_gates, int64_t
 
 void combine(const void* rows, const CombineIndex& index, const void* weights, int64_t num_gates,
              void* out, int64_t num_out, int64_t width, DType dtype, Stream stream) {
-  require_device(stream, "combine");
-  check("combine", index, weights, num_gates, num_out, width);
+  check("combine", index, weights, num_gates, num_out, width, stream);
   require_buffer("combine", "out", out, num_out * num_gates * width);
+  if (stream.device == Device::kCuda) {
+    return cuda::combine(rows, index, weights, num_gates, out, num_out, width, dtype, stream);
+  }
   dispatch_dtype(dtype, "combine", [&](auto element) {
     using T = decltype(element);
     const CombineJob<T> job{
@@ -263,9 +257,12 @@ void combine_backward(const void* grad_out, const void* rows, const CombineIndex
                       const void* weights, int64_t num_gates, void* grad_rows, void* grad_weights,
                       int64_t num_out, int64_t width, DType dtype, Stream stream) {
   constexpr const char* kOperation = "combine_backward";
-  require_device(stream, kOperation);
-  check(kOperation, index, weights, num_gates, num_out, width);
+  check(kOperation, index, weights, num_gates, num_out, width, stream);
   require_buffer(kOperation, "grad_out", grad_out, num_out * num_gates * width);
+  if (stream.device == Device::kCuda) {
+    return cuda::combine_backward(grad_out, rows, index, weights, num_gates, grad_rows,
+                                  grad_weights, num_out, width, dtype, stream);
+  }
   dispatch_dtype(dtype, kOperation, [&](auto element) {
     using T = decltype(element);
     const BackwardJob<T> job{static_cast<const T*>(grad_out),

@@ -20,7 +20,8 @@ struct CombineIndex {
 /// @param rows     [R, width] of `dtype`
 /// @param weights  [A, num_gates] float32 (float64 for fp64); null: all 1, then num_gates is 1
 /// @param out      [num_out, num_gates, width] of `dtype`
-/// Reads A*width + A*num_gates, writes num_out*num_gates*width elements. Deterministic.
+/// Reads A*width + A*num_gates, writes num_out*num_gates*width elements. Deterministic. On kCuda,
+/// null weights of several gates are refused only without offsets, which the host may not read.
 void combine(const void* rows, const CombineIndex& index, const void* weights, int64_t num_gates,
              void* out, int64_t num_out, int64_t width, DType dtype, Stream stream = {});
 void combine_reference(const void* rows, const CombineIndex& index, const void* weights,

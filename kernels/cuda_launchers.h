@@ -1,11 +1,29 @@
 #pragma once
+#include "kernels/activation.h"
+#include "kernels/combine.h"
 #include "kernels/permute.h"
+#include "kernels/sort.h"
 
 // The CUDA side of the operations of this folder: same arguments and results as the public
 // functions, which check them and call these for a stream on a GPU. In kernels/*.cu, or in a build
 // without CUDA in cuda_launchers_none.cpp, where each throws.
 
 namespace perseid::kernels::cuda {
+
+void activation_forward(const ActivationShape& shape, DType dtype, const void* pre,
+                        const void* weights, void* out, const Stream& stream);
+void activation_backward(const ActivationShape& shape, DType dtype, const void* pre,
+                         const void* weights, const void* grad_act, void* grad_pre,
+                         void* weighted_act, void* grad_weights, const Stream& stream);
+
+void combine(const void* rows, const CombineIndex& index, const void* weights, int64_t num_gates,
+             void* out, int64_t num_out, int64_t width, DType dtype, const Stream& stream);
+void combine_backward(const void* grad_out, const void* rows, const CombineIndex& index,
+                      const void* weights, int64_t num_gates, void* grad_rows, void* grad_weights,
+                      int64_t num_out, int64_t width, DType dtype, const Stream& stream);
+
+void counting_sort(const int32_t* keys, int64_t num_keys, int64_t num_buckets, int64_t* offsets,
+                   int32_t* order, const Stream& stream);
 
 void permute(const void* rows, const int32_t* row_of, void* out, int64_t num_out, int64_t row_bytes,
              const Stream& stream);

@@ -10,6 +10,28 @@ namespace {
 }
 }  // namespace
 
+void activation_forward(const ActivationShape&, DType, const void*, const void*, void*,
+                        const Stream&) {
+  refuse("activation_forward");
+}
+void activation_backward(const ActivationShape&, DType, const void*, const void*, const void*,
+                         void*, void*, void*, const Stream&) {
+  refuse("activation_backward");
+}
+
+void combine(const void*, const CombineIndex&, const void*, int64_t, void*, int64_t, int64_t, DType,
+             const Stream&) {
+  refuse("combine");
+}
+void combine_backward(const void*, const void*, const CombineIndex&, const void*, int64_t, void*,
+                      void*, int64_t, int64_t, DType, const Stream&) {
+  refuse("combine_backward");
+}
+
+void counting_sort(const int32_t*, int64_t, int64_t, int64_t*, int32_t*, const Stream&) {
+  refuse("counting_sort");
+}
+
 void permute(const void*, const int32_t*, void*, int64_t, int64_t, const Stream&) {
   refuse("permute");
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/checks.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/parallel.h"
 
 namespace perseid::kernels {
@@ -33,8 +34,10 @@ bool is_in_range(int32_t key, int64_t num_buckets) { return key >= 0 && key < nu
 
 void counting_sort(const int32_t* keys, int64_t num_keys, int64_t num_buckets, int64_t* offsets,
                    int32_t* order, Stream stream) {
-  require_device(stream, "counting_sort");
   check(keys, num_keys, num_buckets, offsets);
+  if (stream.device == Device::kCuda) {
+    return cuda::counting_sort(keys, num_keys, num_buckets, offsets, order, stream);
+  }
   // No more blocks than keep the histograms smaller than the keys.
   const int64_t num_blocks =
       std::clamp<int64_t>(num_keys / std::max(kKeysPerBlock, num_buckets), 1, kBlocksMax);

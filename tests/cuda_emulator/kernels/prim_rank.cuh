@@ -5,9 +5,10 @@ namespace perseid::kernels::prim {
 
 /// Key by key as CUB's: the stable rank of each of kItems keys of each thread, whose order is
 /// warp-striped: item i of lane l of warp w is key (w * kItems + i) * 32 + l of the block. Digits
-/// are the kBits that the extractor yields. With prefixes, exclusive_digit_prefix[d] of thread t is
-/// that of digit t * kBinsPerThread + d.
-template <int kThreads, int kBits, bool kIsDescending = false>
+/// are the kBits that the extractor yields. exclusive_digit_prefix[d] of thread t is that of digit
+/// t * BINS_TRACKED_PER_THREAD + d, and `callback` gets the counts of the same digits. What belongs
+/// to digits past the last is rubbish. Unlike here, CUB's ends without a barrier.
+template <int kThreads, int kBits, bool kIsDescending>
 class BlockRadixRankMatchEarlyCounts {
   static_assert(!kIsDescending);
 
@@ -29,6 +30,12 @@ class BlockRadixRankMatchEarlyCounts {
   template <typename Key, int kItems, typename Extractor>
   void RankKeys(Key (&keys)[kItems], int (&ranks)[kItems], Extractor extractor,
                 int (&exclusive_digit_prefix)[BINS_TRACKED_PER_THREAD]) {
+    RankKeys(keys, ranks, extractor, exclusive_digit_prefix,
+             [](const int(&)[BINS_TRACKED_PER_THREAD]) {});
+  }
+  template <typename Key, int kItems, typename Extractor, typename Callback>
+  void RankKeys(Key (&keys)[kItems], int (&ranks)[kItems], Extractor extractor,
+                int (&exclusive_digit_prefix)[BINS_TRACKED_PER_THREAD], Callback callback) {
     static_assert(kItems <= 64);
     const int thread = static_cast<int>(threadIdx.x);
     const auto place = [&](int i) { return (thread / 32 * kItems + i) * 32 + thread % 32; };
@@ -50,10 +57,14 @@ class BlockRadixRankMatchEarlyCounts {
     }
     __syncthreads();
     for (int i = 0; i < kItems; ++i) ranks[i] = storage_.ranks[place(i)];
+    int bins[BINS_TRACKED_PER_THREAD];
     for (int d = 0; d < BINS_TRACKED_PER_THREAD; ++d) {
       const int digit = thread * BINS_TRACKED_PER_THREAD + d;
-      exclusive_digit_prefix[d] = digit < (1 << kBits) ? storage_.counts[digit] : 0;
+      const bool is_digit = digit < (1 << kBits);
+      exclusive_digit_prefix[d] = is_digit ? storage_.counts[digit] : -77;
+      bins[d] = is_digit ? storage_.next[digit] - storage_.counts[digit] : -77;
     }
+    callback(bins);
     __syncthreads();
   }
 
