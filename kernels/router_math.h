@@ -108,8 +108,9 @@ PERSEID_INLINE T log_slope_of(ScoreFunction score_function, T z) {
 /// Key of score + bias; an expert whose logit is -inf or NaN stays last.
 template <typename T>
 PERSEID_INLINE SignedKey<T> biased_key(T z, T score, float bias) {
-  return signed_key(z >= std::numeric_limits<T>::lowest() ? score + static_cast<T>(bias)
-                                                          : -std::numeric_limits<T>::infinity());
+  const SignedKey<T> key = signed_key(score + static_cast<T>(bias));
+  const SignedKey<T> masked = signed_key(-std::numeric_limits<T>::infinity());
+  return z >= std::numeric_limits<T>::lowest() ? key : masked;
 }
 
 /// -w log w, 0 unless w is positive and finite.

@@ -228,7 +228,7 @@ __device__ __forceinline__ void route_rows(const RouterJob<float>& job) {
 }
 
 // ---- kernels -----------------------------------------------------------------------------------
-/// Registers: 64. Shared: 9344. Rows of up to 256 logits.
+/// Registers: 80. Shared: 9344. Rows of up to 256 logits.
 template <int kWidth, int kPerLane, int kChoices>
 __global__ void __launch_bounds__(kRouterThreads) route_sums_kernel(RouterJob<float> job) {
   route_rows<kWidth, kPerLane, kChoices>(job);
