@@ -22,6 +22,13 @@ struct Choices {
   float route_scale;
 };
 
+/// A whole warp compares integers, by one instruction; fewer lanes shuffle, and floats will do.
+template <typename Key>
+__device__ __forceinline__ Key key_of(float logit) {
+  if constexpr (std::is_integral_v<Key>) return lean_key(logit);
+  return fmaxf(logit, -std::numeric_limits<float>::infinity());
+}
+
 template <int kWidth, int kPerLane, int kChoices, bool kIsWhole>
 __device__ __forceinline__ void route_row(const Choices& job) {
   const auto lane = static_cast<int>(threadIdx.x) % kWidth;
@@ -31,12 +38,16 @@ __device__ __forceinline__ void route_row(const Choices& job) {
   const bool is_inside = token < job.num_tokens;
   const float* const row = job.logits + (is_inside ? token : job.num_tokens - 1) * job.num_experts;
 
-  float logits[kPerLane];
-  read_lane<kIsWhole>(row, job.num_experts, lane * kPerLane, logits);
-  int32_t keys[kPerLane];
+  using Key = std::conditional_t<kWidth == kWarpSize, int32_t, float>;
+  constexpr int kList = kListSize<kChoices, kPerLane>;
+  const auto read_of = [&](int source, int begin, Key(&keys)[kList]) {
+    float logits[kList];
+    read_lane<kIsWhole>(row, job.num_experts, source * kPerLane + begin, logits);
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) keys[i] = lean_key(logits[i]);
-  const int32_t choice = select_choice<kChoices, kWidth>(keys);
+    for (int i = 0; i < kList; ++i) keys[i] = key_of<Key>(logits[i]);
+  };
+  const int32_t choice = select_choice<kChoices, kWidth, kPerLane, Key>(
+      [&](int begin, Key(&keys)[kList]) { read_of(lane, begin, keys); }, read_of);
 
   // A choice that counts as -inf may be a NaN, which has to show.
   const bool is_choice = lane < job.top_k;
@@ -55,34 +66,54 @@ __device__ __forceinline__ void route_row(const Choices& job) {
 }
 
 // ---- kernels -----------------------------------------------------------------------------------
-/// Registers: 32. Rows of up to 256 logits.
+/// Registers: 32. Rows of up to 512 logits.
 template <int kWidth, int kPerLane, int kChoices, bool kIsWhole>
 __global__ void __launch_bounds__(kRouterThreads) route_choices_kernel(Choices job) {
   route_row<kWidth, kPerLane, kChoices, kIsWhole>(job);
 }
-/// Registers: 96. Longer rows.
+/// Registers: 48. Longer rows.
 template <int kWidth, int kPerLane, int kChoices, bool kIsWhole>
 __global__ void __launch_bounds__(kRouterThreads) route_long_choices_kernel(Choices job) {
   route_row<kWidth, kPerLane, kChoices, kIsWhole>(job);
 }
 
 // ---- launch ------------------------------------------------------------------------------------
-template <int kWidth, int kPerLane, int kChoices, bool kIsWhole>
+template <int kExperts, int kChoices>
 void launch_choices(const Choices& job, const Stream& stream) {
+  // At most 16 logits, 64 bytes, a lane: more would leave too little of each access to its line.
+  constexpr int kFewest = kExperts / 16 < kWarpSize ? kExperts / 16 : kWarpSize;
+  constexpr int kWidth = kChoices > kFewest ? kChoices : kFewest;
+  constexpr int kPerLane = kExperts / kWidth;
   const int64_t blocks = ceil_div(job.num_tokens, kRouterThreads / kWidth);
-  if constexpr (kPerLane <= 8) {
-    launch("route", &route_choices_kernel<kWidth, kPerLane, kChoices, kIsWhole>, blocks,
-           kRouterThreads, stream, job);
-  } else {
-    launch("route", &route_long_choices_kernel<kWidth, kPerLane, kChoices, kIsWhole>, blocks,
-           kRouterThreads, stream, job);
+  const auto launch_one = [&]<bool kIsWhole>() {
+    if constexpr (kPerLane <= 16) {
+      launch("route", &route_choices_kernel<kWidth, kPerLane, kChoices, kIsWhole>, blocks,
+             kRouterThreads, stream, job);
+    } else {
+      launch("route", &route_long_choices_kernel<kWidth, kPerLane, kChoices, kIsWhole>, blocks,
+             kRouterThreads, stream, job);
+    }
+  };
+  const bool is_whole =
+      job.num_experts == kExperts && reinterpret_cast<uintptr_t>(job.logits) % 16 == 0;
+  if (is_whole) return launch_one.template operator()<true>();
+  launch_one.template operator()<false>();
+}
+
+/// The smallest power of two that holds the row.
+template <int kExperts>
+void launch_row(const Choices& job, const Stream& stream) {
+  if constexpr (kExperts < kRegisterExperts) {
+    if (job.num_experts > kExperts) return launch_row<2 * kExperts>(job, stream);
   }
+  dispatch_choices<kExperts>(
+      job.top_k, [&]<int kChoices>() { launch_choices<kExperts, kChoices>(job, stream); });
 }
 
 }  // namespace
 
 bool fits_registers(const RouterJob<float>& job) {
-  return job.top_k <= 16 && job.num_experts <= 1024 && !job.has_groups();
+  return job.top_k <= kRegisterChoices && job.num_experts <= kRegisterExperts && !job.has_groups();
 }
 
 void route_choices(const RouterJob<float>& job, const Stream& stream) {
@@ -94,15 +125,7 @@ void route_choices(const RouterJob<float>& job, const Stream& stream) {
                         static_cast<int>(job.num_experts),
                         static_cast<int>(job.top_k),
                         job.route_scale};
-  dispatch_row(job.num_experts, job.top_k, [&]<int kWidth, int kPerLane, int kChoices>() {
-    const bool is_whole =
-        job.num_experts == kWidth * kPerLane && reinterpret_cast<uintptr_t>(job.logits) % 16 == 0;
-    if (is_whole) {
-      launch_choices<kWidth, kPerLane, kChoices, true>(choices, stream);
-    } else {
-      launch_choices<kWidth, kPerLane, kChoices, false>(choices, stream);
-    }
-  });
+  launch_row<1>(choices, stream);
 }
 
 // ---- the operation ----

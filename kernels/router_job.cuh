@@ -63,6 +63,8 @@ DeviceMemory make_parts(int64_t parts, const Stream& stream, RouterJob<T>& job) 
 template <typename T>
 void finish_sums(const RouterJob<T>& job, int64_t parts, const Stream& stream);
 
+inline constexpr int kRegisterExperts = 1024;
+inline constexpr int kRegisterChoices = 16;
 /// K <= 16 and E <= 1024 in float32 without groups: rows in registers.
 bool fits_registers(const RouterJob<float>& job);
 /// Softmax over the choices, neither bias nor sums: ids and weights alone.
@@ -72,31 +74,14 @@ void route_with_sums(RouterJob<float>& job, const Stream& stream);
 template <typename T>
 void route_generic(RouterJob<T>& job, const Stream& stream);
 
-/// Calls body with the integral constants kWidth, the lanes of a token, kPerLane, its logits in
-/// each lane, and kChoices, a power of two that is at least K.
-template <int kWidth, int kPerLane, typename Body>
+/// Calls body with kChoices, the smallest power of two that is at least K <= kMax, as its template
+/// argument.
+template <int kMax, int kChoices = 1, typename Body>
 void dispatch_choices(int64_t top_k, Body body) {
-  const auto call = [&]<int kChoices>() {
-    if constexpr (kChoices <= kWidth) body.template operator()<kWidth, kPerLane, kChoices>();
-  };
-  if (top_k == 1) return call.template operator()<1>();
-  if (top_k == 2) return call.template operator()<2>();
-  if (top_k <= 4) return call.template operator()<4>();
-  if (top_k <= 8) return call.template operator()<8>();
-  call.template operator()<16>();
-}
-template <typename Body>
-void dispatch_row(int64_t num_experts, int64_t top_k, Body body) {
-  if (num_experts <= 2) return dispatch_choices<2, 1>(top_k, body);
-  if (num_experts <= 4) return dispatch_choices<4, 1>(top_k, body);
-  if (num_experts <= 8) return dispatch_choices<8, 1>(top_k, body);
-  if (num_experts <= 16) return dispatch_choices<16, 1>(top_k, body);
-  if (num_experts <= 32) return dispatch_choices<32, 1>(top_k, body);
-  if (num_experts <= 64) return dispatch_choices<32, 2>(top_k, body);
-  if (num_experts <= 128) return dispatch_choices<32, 4>(top_k, body);
-  if (num_experts <= 256) return dispatch_choices<32, 8>(top_k, body);
-  if (num_experts <= 512) return dispatch_choices<32, 16>(top_k, body);
-  dispatch_choices<32, 32>(top_k, body);
+  if constexpr (2 * kChoices <= kMax && 2 * kChoices <= kRegisterChoices) {
+    if (top_k > kChoices) return dispatch_choices<kMax, 2 * kChoices>(top_k, body);
+  }
+  body.template operator()<kChoices>();
 }
 
 }  // namespace perseid::kernels

@@ -31,7 +31,7 @@ struct Row {
 template <int kWidth, int kPerLane>
 __device__ __forceinline__ void describe_row(int num_experts, int first, bool wants_terms,
                                              int32_t (&keys)[kPerLane], Row<kPerLane>& row) {
-  int32_t max_key = kNoKey;
+  int32_t max_key = kNoKeyOf<int32_t>;
   bool is_non_finite = false;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -99,7 +99,7 @@ __device__ __forceinline__ float choice_weight(const RouterJob<float>& job,
     const float sum = is_uniform ? static_cast<float>(job.top_k) : row.sum;
     return softmax_term(logit, row.max) * (job.route_scale / sum);
   }
-  const int32_t max_key = max_of_lanes<kWidth>(is_choice ? key : kNoKey);
+  const int32_t max_key = max_of_lanes<kWidth>(is_choice ? key : kNoKeyOf<int32_t>);
   const float max = value_of_key<float>(max_key);
   const float term = is_choice ? choice_term(job.score_function, job.normalize, logit, max) : 0.0f;
   float sum = 1.0f;
@@ -285,19 +285,30 @@ void finish_sums(const RouterJob<T>& job, int64_t parts, const Stream& stream) {
 template void finish_sums(const RouterJob<float>&, int64_t, const Stream&);
 template void finish_sums(const RouterJob<double>&, int64_t, const Stream&);
 
-void route_with_sums(RouterJob<float>& job, const Stream& stream) {
-  dispatch_row(job.num_experts, job.top_k, [&]<int kWidth, int kPerLane, int kChoices>() {
-    const int64_t blocks = std::min(ceil_div(job.num_tokens, kRouterThreads / kWidth), kBlocksMax);
-    const DeviceMemory parts = make_parts(blocks, stream, job);
-    if constexpr (kPerLane <= 8) {
-      launch("route", &route_sums_kernel<kWidth, kPerLane, kChoices>, blocks, kRouterThreads,
-             stream, job);
-    } else {
-      launch("route", &route_long_sums_kernel<kWidth, kPerLane, kChoices>, blocks, kRouterThreads,
-             stream, job);
-    }
-    if (job.has_sums()) finish_sums(job, blocks, stream);
-  });
+template <int kExperts, int kChoices>
+void launch_sums(RouterJob<float>& job, const Stream& stream) {
+  constexpr int kWidth = kExperts < kWarpSize ? kExperts : kWarpSize;
+  constexpr int kPerLane = kExperts / kWidth;
+  const int64_t blocks = std::min(ceil_div(job.num_tokens, kRouterThreads / kWidth), kBlocksMax);
+  const DeviceMemory parts = make_parts(blocks, stream, job);
+  if constexpr (kPerLane <= 8) {
+    launch("route", &route_sums_kernel<kWidth, kPerLane, kChoices>, blocks, kRouterThreads, stream,
+           job);
+  } else {
+    launch("route", &route_long_sums_kernel<kWidth, kPerLane, kChoices>, blocks, kRouterThreads,
+           stream, job);
+  }
+  if (job.has_sums()) finish_sums(job, blocks, stream);
 }
+template <int kExperts>
+void launch_row(RouterJob<float>& job, const Stream& stream) {
+  if constexpr (kExperts < kRegisterExperts) {
+    if (job.num_experts > kExperts) return launch_row<2 * kExperts>(job, stream);
+  }
+  dispatch_choices<kExperts>(job.top_k,
+                             [&]<int kChoices>() { launch_sums<kExperts, kChoices>(job, stream); });
+}
+
+void route_with_sums(RouterJob<float>& job, const Stream& stream) { launch_row<2>(job, stream); }
 
 }  // namespace perseid::kernels
