@@ -134,10 +134,17 @@ __device__ __forceinline__ void add_shares(const RouterJob<float>& job, int firs
   }
 }
 
-template <int kWidth, int kPerLane, int kChoices>
-__device__ __forceinline__ void route_rows(const RouterJob<float>& job) {
+/// @param kIsPlain  softmax without a bias, and rows that fill the registers and allow wide
+/// accesses
+template <int kWidth, int kPerLane, int kChoices, bool kIsPlain>
+__device__ __forceinline__ void route_rows(RouterJob<float> job) {
   constexpr int kTokens = kRouterThreads / kWidth;
   constexpr int kSlots = kWidth * kPerLane;
+  if constexpr (kIsPlain) {  // what the compiler then knows
+    job.score_function = ScoreFunction::kSoftmax;
+    job.expert_bias = nullptr;
+    job.num_experts = kSlots;
+  }
   using BlockReduce = prim::BlockReduce<double, kRouterThreads>;
   __shared__ double sums[kTokens * kSlots];  // slot i * kWidth + lane: no two lanes of one bank
   __shared__ int counts[kSlots];
@@ -167,7 +174,7 @@ __device__ __forceinline__ void route_rows(const RouterJob<float>& job) {
 
     Row<kPerLane> row;
     int32_t keys[kPerLane];
-    read_lane<false>(logits, num_experts, first, row.logits);
+    read_lane<kIsPlain>(logits, num_experts, first, row.logits);
     describe_row<kWidth>(num_experts, first, wants_terms, keys, row);
     if (has_bias) bias_keys<kWidth>(job, first, row, keys);
     const int32_t choice = select_choice<kChoices, kWidth>(keys);
@@ -229,14 +236,14 @@ __device__ __forceinline__ void route_rows(const RouterJob<float>& job) {
 
 // ---- kernels -----------------------------------------------------------------------------------
 /// Registers: 80. Shared: 9344. Rows of up to 256 logits.
-template <int kWidth, int kPerLane, int kChoices>
+template <int kWidth, int kPerLane, int kChoices, bool kIsPlain>
 __global__ void __launch_bounds__(kRouterThreads) route_sums_kernel(RouterJob<float> job) {
-  route_rows<kWidth, kPerLane, kChoices>(job);
+  route_rows<kWidth, kPerLane, kChoices, kIsPlain>(job);
 }
 /// Registers: 168. Shared: 37120. Longer rows.
-template <int kWidth, int kPerLane, int kChoices>
+template <int kWidth, int kPerLane, int kChoices, bool kIsPlain>
 __global__ void __launch_bounds__(kRouterThreads) route_long_sums_kernel(RouterJob<float> job) {
-  route_rows<kWidth, kPerLane, kChoices>(job);
+  route_rows<kWidth, kPerLane, kChoices, kIsPlain>(job);
 }
 
 /// Registers: 40. Shared: 4352. Blocks of 32 experts, whose parts 16 threads each add, then one;
@@ -291,12 +298,25 @@ void launch_sums(RouterJob<float>& job, const Stream& stream) {
   constexpr int kPerLane = kExperts / kWidth;
   const int64_t blocks = std::min(ceil_div(job.num_tokens, kRouterThreads / kWidth), kBlocksMax);
   const DeviceMemory parts = make_parts(blocks, stream, job);
-  if constexpr (kPerLane <= 8) {
-    launch("route", &route_sums_kernel<kWidth, kPerLane, kChoices>, blocks, kRouterThreads, stream,
-           job);
+  const auto launch_one = [&]<bool kIsPlain>() {
+    // The others exist for 2, 8 and 16 choices, which saves much time to compile.
+    constexpr int kAtLeast = kIsPlain ? kChoices : kChoices <= 2 ? 2 : kChoices <= 8 ? 8 : 16;
+    constexpr int kMade = kAtLeast < kWidth ? kAtLeast : kWidth;
+    if constexpr (kPerLane <= 8) {
+      launch("route", &route_sums_kernel<kWidth, kPerLane, kMade, kIsPlain>, blocks, kRouterThreads,
+             stream, job);
+    } else {
+      launch("route", &route_long_sums_kernel<kWidth, kPerLane, kMade, kIsPlain>, blocks,
+             kRouterThreads, stream, job);
+    }
+  };
+  const bool is_plain = job.score_function == ScoreFunction::kSoftmax &&
+                        job.expert_bias == nullptr && job.num_experts == kExperts &&
+                        reinterpret_cast<uintptr_t>(job.logits) % 16 == 0;
+  if (is_plain) {
+    launch_one.template operator()<true>();
   } else {
-    launch("route", &route_long_sums_kernel<kWidth, kPerLane, kChoices>, blocks, kRouterThreads,
-           stream, job);
+    launch_one.template operator()<false>();
   }
   if (job.has_sums()) finish_sums(job, blocks, stream);
 }

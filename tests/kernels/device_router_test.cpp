@@ -77,9 +77,9 @@ TEST_F(DeviceRouter, Sizes) {
 
 TEST_F(DeviceRouter, Variants) {
   const auto both = [&](int64_t num_experts, int64_t top_k) {
-    for_each_variant(normal_case<float>(9, num_experts, top_k),
+    for_each_variant(normal_case<float>(5, num_experts, top_k),
                      [&](const RouterCase<float>& at) { compare(at), compare_choices(at); });
-    for_each_variant(normal_case<double>(5, num_experts, top_k),
+    for_each_variant(normal_case<double>(3, num_experts, top_k),
                      [&](const RouterCase<double>& at) { compare(at); });
   };
   both(5, 2);
@@ -181,7 +181,6 @@ TEST_F(DeviceRouter, NotNumbers) {
   both(2, 1);
   both(5, 2);
   both(16, 8);
-  both(40, 3);
   both(40, 20);
   both(256, 8);
   for_each_variant(broken_case<double>(12, 3), [&](const RouterCase<double>& at) { compare(at); });
