@@ -2,6 +2,7 @@
 #include "kernels/activation.h"
 #include "kernels/combine.h"
 #include "kernels/permute.h"
+#include "kernels/router.h"
 #include "kernels/sort.h"
 
 // The CUDA side of the operations of this folder: same arguments and results as the public
@@ -29,5 +30,11 @@ void permute(const void* rows, const int32_t* row_of, void* out, int64_t num_out
              const Stream& stream);
 void unpermute(const void* rows, const int32_t* row_of, void* out, int64_t num_rows,
                int64_t row_bytes, const Stream& stream);
+
+void route(const RouterShape& shape, const RouterOptions& options, DType dtype,
+           const RouterInput& input, const RouterOutput& output, const Stream& stream);
+void route_backward(const RouterShape& shape, const RouterOptions& options, DType dtype,
+                    const RouterInput& input, const RouterGradInput& grad, void* grad_logits,
+                    const Stream& stream);
 
 }  // namespace perseid::kernels::cuda

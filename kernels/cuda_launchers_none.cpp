@@ -39,4 +39,13 @@ void unpermute(const void*, const int32_t*, void*, int64_t, int64_t, const Strea
   refuse("unpermute");
 }
 
+void route(const RouterShape&, const RouterOptions&, DType, const RouterInput&, const RouterOutput&,
+           const Stream&) {
+  refuse("route");
+}
+void route_backward(const RouterShape&, const RouterOptions&, DType, const RouterInput&,
+                    const RouterGradInput&, void*, const Stream&) {
+  refuse("route_backward");
+}
+
 }  // namespace perseid::kernels::cuda

@@ -13,7 +13,7 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int64_t kNarrow = 2;
 
 // ---- kernels -----------------------------------------------------------------------------------
-/// Registers: 32. out[target(i)] = rows[source(i)] of one of the two: row_of names the source or,
+/// Registers: 40. out[target(i)] = rows[source(i)] of one of the two: row_of names the source or,
 /// for kIsInverse, the target.
 template <typename Unit, bool kIsInverse>
 __global__ void __launch_bounds__(kThreads)

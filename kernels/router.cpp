@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/checks.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/math.h"
 #include "kernels/parallel.h"
 #include "kernels/router_groups.h"
@@ -307,8 +308,10 @@ void route_all(const RouteJob<T>& job) {
 
 void route(const RouterShape& shape, const RouterOptions& options, DType dtype,
            const RouterInput& input, const RouterOutput& output, Stream stream) {
-  require_device(stream, "route");
   check_router("route", shape, options, input);
+  if (stream.device == Device::kCuda) {
+    return cuda::route(shape, options, dtype, input, output, stream);
+  }
   dispatch_float_dtype(dtype, "route", [&](auto tag) {
     using T = decltype(tag);
     const bool is_softmax = options.score_function == ScoreFunction::kSoftmax;

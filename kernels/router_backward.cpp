@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels/checks.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/math.h"
 #include "kernels/parallel.h"
 #include "kernels/router.h"
@@ -138,10 +139,7 @@ PERSEID_INLINE void add_choice_terms(const BackwardJob<T>& job, const T* z,
     if (!is_expert(e, num_experts)) continue;
     T term = grad_weights[k];
     if (job.options.normalize) term = (term - mean) / sum;
-    T slope = scores[k];
-    if (score_function == ScoreFunction::kSigmoid) slope *= sigmoid(-z[e]);
-    if (score_function == ScoreFunction::kSqrtSoftplus) slope = sqrt_softplus(z[e]).slope;
-    grad_logits[e] += scale * term * slope;
+    grad_logits[e] += scale * term * choice_slope(score_function, scores[k], z[e]);
   }
 }
 
@@ -215,11 +213,13 @@ void route_backward(const RouterShape& shape, const RouterOptions& options, DTyp
                     const RouterInput& input, const RouterGradInput& grad, void* grad_logits,
                     Stream stream) {
   constexpr const char* kOperation = "route_backward";
-  require_device(stream, kOperation);
   check_router(kOperation, shape, options, input);
   require_buffer(kOperation, "grad_logits", grad_logits, shape.num_tokens * shape.num_experts);
   if (grad.grad_weights != nullptr) {
     require_buffer(kOperation, "expert_idx", grad.expert_idx, shape.num_tokens * shape.top_k);
+  }
+  if (stream.device == Device::kCuda) {
+    return cuda::route_backward(shape, options, dtype, input, grad, grad_logits, stream);
   }
   dispatch_float_dtype(dtype, kOperation, [&](auto tag) {
     using T = decltype(tag);

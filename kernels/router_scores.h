@@ -3,9 +3,8 @@
 #include <cstdint>
 #include <limits>
 
-#include "kernels/math.h"
 #include "kernels/ordered_key.h"
-#include "kernels/router.h"
+#include "kernels/router_math.h"
 
 // Scores of one row of logits, in loops that vectorise. Rows have whole lanes and a finite maximum;
 // padding is -inf. Private to this folder.
@@ -36,29 +35,23 @@ PERSEID_INLINE void score_row(ScoreFunction score_function, const T* z, int64_t 
   }
 }
 
-/// Shares s / (sum of s) of such scores, not yet divided by their sum, which is returned. All are
-/// scaled by e^c, c = max(0, -max z), or its root, so that rows of very negative logits neither
-/// underflow nor need a logarithm: e^c / (1 + e^-z) = 1 / (e^-c + e^-(z + c)).
+/// Shares s / (sum of s) of such scores, not yet divided by their sum, which is returned.
 template <typename T>
 PERSEID_INLINE T share_row(ScoreFunction score_function, const T* z, T max, int64_t count,
                            T* shares) {
-  const T c = max < T{0} ? -max : T{0};
+  const T c = share_shift(max);
   T sum = 0;
   if (score_function == ScoreFunction::kSigmoid) {
     const T floor = exp_of(-c);
 #pragma omp simd reduction(+ : sum)
     for (int64_t e = 0; e < count; ++e) {
-      shares[e] = T{1} / (floor + exp_of(-(z[e] + c)));
+      shares[e] = sigmoid_share(z[e], c, floor);
       sum += shares[e];
     }
   } else {
 #pragma omp simd reduction(+ : sum)
     for (int64_t e = 0; e < count; ++e) {
-      const T t = exp_of(z[e] > T{0} ? -z[e] : z[e]);
-      const T ratio = log1p_ratio(t);
-      const T inner = z[e] > T{0} ? z[e] + t * ratio : ratio;
-      const T shifted = z[e] + c;
-      shares[e] = exp_of(shifted < T{0} ? T{0.5} * shifted : T{0}) * std::sqrt(inner);
+      shares[e] = sqrt_softplus_share(z[e], c);
       sum += shares[e];
     }
   }
@@ -75,12 +68,8 @@ PERSEID_INLINE void add_shares(const T* shares, T scale, int64_t count, double* 
 template <typename T>
 PERSEID_INLINE void biased_keys(const T* z, const T* scores, T scale, const float* bias,
                                 int64_t num_experts, SignedKey<T>* keys) {
-  const SignedKey<T> masked = signed_key(-std::numeric_limits<T>::infinity());
 #pragma omp simd
-  for (int64_t e = 0; e < num_experts; ++e) {
-    const SignedKey<T> key = signed_key(scores[e] * scale + static_cast<T>(bias[e]));
-    keys[e] = z[e] >= std::numeric_limits<T>::lowest() ? key : masked;
-  }
+  for (int64_t e = 0; e < num_experts; ++e) keys[e] = biased_key(z[e], scores[e] * scale, bias[e]);
 }
 
 /// -sum of w log w over the positive and finite ones.
@@ -88,12 +77,7 @@ template <typename T>
 PERSEID_INLINE T entropy_of(const T* weights, int64_t count) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < count; ++k) {
-    const T w = weights[k];
-    const bool is_positive = w > T{0} && w <= std::numeric_limits<T>::max();
-    const T term = w * log_of(is_positive ? w : T{1});
-    sum -= is_positive ? term : T{0};
-  }
+  for (int64_t k = 0; k < count; ++k) sum += entropy_term(weights[k]);
   return sum;
 }
 

@@ -167,6 +167,8 @@ inline unsigned __activemask() {
 inline int __popc(unsigned x) { return std::popcount(x); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsigned>(x)) + 1; }
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
+/// Two units in the last place on a GPU, for quotients of usual size.
+inline float __fdividef(float a, float b) { return a / b; }
 template <typename T>
 T __ldg(const T* p) {
   return *p;
