@@ -16,5 +16,11 @@ void permute(const void*, const int32_t*, void*, int64_t, int64_t, const Stream&
 void unpermute(const void*, const int32_t*, void*, int64_t, int64_t, const Stream&) {
   refuse("unpermute");
 }
+void fill_uniform(void*, int64_t, DType, const UniformRange&, RandomKey, const Stream&) {
+  refuse("fill_uniform");
+}
+void fill_normal(void*, int64_t, DType, RandomKey, uint64_t, const Stream&) {
+  refuse("fill_normal");
+}
 
 }  // namespace perseid::kernels::cuda
