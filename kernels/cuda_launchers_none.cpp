@@ -22,5 +22,25 @@ void fill_uniform(void*, int64_t, DType, const UniformRange&, RandomKey, const S
 void fill_normal(void*, int64_t, DType, RandomKey, uint64_t, const Stream&) {
   refuse("fill_normal");
 }
+void assign(const AssignmentShape&, const double*, const int64_t*, int32_t*, const AssignmentDuals&,
+            const Stream&) {
+  refuse("assign");
+}
+void assign_balanced(const AssignmentShape&, DType, const void*, int32_t*, const Stream&) {
+  refuse("assign_balanced");
+}
+int64_t sinkhorn(const SinkhornShape&, const SinkhornOptions&, DType, const void*, double*,
+                 const Stream&) {
+  refuse("sinkhorn");
+}
+void statistical_top_k(const StatisticalTopKShape&, const StatisticalTopKOptions&, DType,
+                       const void*, const uint8_t*, void*, int64_t*, const Stream&) {
+  refuse("statistical_top_k");
+}
+void statistical_top_k_backward(const StatisticalTopKShape&, const StatisticalTopKOptions&, DType,
+                                const void*, const uint8_t*, const void*, const void*, void*,
+                                const Stream&) {
+  refuse("statistical_top_k_backward");
+}
 
 }  // namespace perseid::kernels::cuda
