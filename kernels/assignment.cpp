@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "kernels/checks.h"
+#include "kernels/cuda_launchers.h"
 
 namespace perseid::kernels {
 namespace {
@@ -242,8 +243,10 @@ void for_each_way(const AssignmentShape& shape, const double* cost, const Body& 
 
 void assign(const AssignmentShape& shape, const double* cost, const int64_t* capacity,
             int32_t* column_of_row, const AssignmentDuals& duals, Stream stream) {
-  require_device(stream, "assign");
   check("assign", shape, cost, column_of_row);
+  if (stream.device == Device::kCuda) {
+    return cuda::assign(shape, cost, capacity, column_of_row, duals, stream);
+  }
   check_costs(shape, cost);
   Solver solver(shape, cost, checked_capacities(shape, capacity));
   solver.solve();
@@ -276,8 +279,10 @@ void assign_reference(const AssignmentShape& shape, const double* cost, const in
 
 void assign_balanced(const AssignmentShape& shape, DType dtype, const void* scores,
                      int32_t* column_of_row, Stream stream) {
-  require_device(stream, "assign_balanced");
   check_balanced(shape, scores, column_of_row);
+  if (stream.device == Device::kCuda) {
+    return cuda::assign_balanced(shape, dtype, scores, column_of_row, stream);
+  }
   const int64_t R = shape.num_rows, C = shape.num_columns;
   const std::vector<double> costs = costs_of(shape, dtype, scores);
   if (R % C == 0) {

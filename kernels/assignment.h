@@ -5,7 +5,8 @@
 #include "kernels/stream.h"
 
 // Exact linear assignment by shortest augmenting paths with duals (Jonker and Volgenant 1987), in
-// double. Sequential: equal input gives equal output, for equally good assignments too.
+// double. Sequential: equal input gives equal output, for equally good assignments too. On kCuda
+// the host waits for the arrays, does the work and copies the results back.
 
 namespace perseid::kernels {
 

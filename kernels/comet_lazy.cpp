@@ -136,7 +136,7 @@ void comet_reached_logits(const CometShape& shape, double gamma, DType dtype,
                           const CometLinear& linear, const uint8_t* valid, void* split_logits,
                           void* leaf_logits, Stream stream) {
   constexpr const char* kOperation = "comet_reached_logits";
-  require_device(stream, kOperation);
+  require_device(stream, kOperation, "form all logits by a matrix product there");
   check(kOperation, shape, gamma, linear, split_logits, leaf_logits);
   const int64_t num_splits = shape.num_trees * (shape.num_experts - 1);
   const int64_t num_leaves = shape.num_trees * shape.num_experts;

@@ -38,6 +38,32 @@ void permute(const void*, const int32_t*, void*, int64_t, int64_t, const Stream&
 void unpermute(const void*, const int32_t*, void*, int64_t, int64_t, const Stream&) {
   refuse("unpermute");
 }
+void fill_uniform(void*, int64_t, DType, const UniformRange&, RandomKey, const Stream&) {
+  refuse("fill_uniform");
+}
+void fill_normal(void*, int64_t, DType, RandomKey, uint64_t, const Stream&) {
+  refuse("fill_normal");
+}
+void assign(const AssignmentShape&, const double*, const int64_t*, int32_t*, const AssignmentDuals&,
+            const Stream&) {
+  refuse("assign");
+}
+void assign_balanced(const AssignmentShape&, DType, const void*, int32_t*, const Stream&) {
+  refuse("assign_balanced");
+}
+int64_t sinkhorn(const SinkhornShape&, const SinkhornOptions&, DType, const void*, double*,
+                 const Stream&) {
+  refuse("sinkhorn");
+}
+void statistical_top_k(const StatisticalTopKShape&, const StatisticalTopKOptions&, DType,
+                       const void*, const uint8_t*, void*, int64_t*, const Stream&) {
+  refuse("statistical_top_k");
+}
+void statistical_top_k_backward(const StatisticalTopKShape&, const StatisticalTopKOptions&, DType,
+                                const void*, const uint8_t*, const void*, const void*, void*,
+                                const Stream&) {
+  refuse("statistical_top_k_backward");
+}
 
 void route(const RouterShape&, const RouterOptions&, DType, const RouterInput&, const RouterOutput&,
            const Stream&) {

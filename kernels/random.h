@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "kernels/dtype.h"
+#include "kernels/stream.h"
 
 namespace perseid::kernels {
 
@@ -47,11 +48,16 @@ constexpr uint64_t random_below(RandomKey key, uint64_t counter, uint64_t n) {
   return multiply_high(random_bits(key, counter), n);
 }
 
-/// out[i] = low + (high - low) * random_uniform(key, i), computed in double, rounded once.
-void fill_uniform(void* out, int64_t count, DType dtype, double low, double high, RandomKey key);
+/// out[i] = low + (high - low) * random_uniform(key, i), computed in double, rounded once: the same
+/// bits on every device.
+void fill_uniform(void* out, int64_t count, DType dtype, double low, double high, RandomKey key,
+                  Stream stream = {});
 
 /// out[i] = standard normal number first + i of the key (Box and Muller: numbers 2p and 2p+1 are
-/// made of elements 2p and 2p+1 of the stream), computed in double, rounded once.
-void fill_normal(void* out, int64_t count, DType dtype, RandomKey key, uint64_t first = 0);
+/// made of elements 2p and 2p+1 of the stream), computed in double, rounded once. Logarithm, sine
+/// and cosine are the device's own: on a GPU the double may end a few units in the last place
+/// apart.
+void fill_normal(void* out, int64_t count, DType dtype, RandomKey key, uint64_t first = 0,
+                 Stream stream = {});
 
 }  // namespace perseid::kernels

@@ -276,11 +276,14 @@ void backward_bias(const RouterLinearShape& shape, const uint8_t* valid, const A
   std::copy(sums.begin(), sums.end(), grad_bias);
 }
 
+constexpr const char* kOnCuda = "use LibTorch's matrix product there, or give it CPU memory";
+
 }  // namespace
 
 void router_linear(const RouterLinearShape& shape, DType dtype, DType tokens_dtype,
                    const void* tokens, const void* weight, const void* bias, void* logits,
-                   Stream /*stream*/) {
+                   Stream stream) {
+  require_device(stream, "router_linear", kOnCuda);
   dispatch_types(dtype, tokens_dtype, [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
@@ -292,7 +295,8 @@ void router_linear(const RouterLinearShape& shape, DType dtype, DType tokens_dty
 void router_linear_backward(const RouterLinearShape& shape, DType dtype, DType tokens_dtype,
                             const void* tokens, const void* weight, const uint8_t* valid,
                             const void* grad_logits, void* grad_tokens, void* grad_weight,
-                            void* grad_bias, Stream /*stream*/) {
+                            void* grad_bias, Stream stream) {
+  require_device(stream, "router_linear_backward", kOnCuda);
   dispatch_types(dtype, tokens_dtype, [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);

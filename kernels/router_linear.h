@@ -5,7 +5,8 @@
 #include "kernels/stream.h"
 
 // The linear map of a router: many tokens, few experts. Tokens are read as they are, sums are
-// formed in the type of the logits, and bits do not depend on the number of threads.
+// formed in the type of the logits, and bits do not depend on the number of threads. For the host:
+// on kCuda both throw ConfigError, as LibTorch's matrix product (mm of tensors) does it there.
 
 namespace perseid::kernels {
 

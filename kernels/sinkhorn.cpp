@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/checks.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/math.h"
 #include "kernels/parallel.h"
 #include "kernels/simd.h"
@@ -168,8 +169,10 @@ class Balancer {
 
 int64_t sinkhorn(const SinkhornShape& shape, const SinkhornOptions& options, DType dtype,
                  const void* logits, double* log_d1, Stream stream) {
-  require_device(stream, "sinkhorn");
   check(shape, options, logits, log_d1);
+  if (stream.device == Device::kCuda) {
+    return cuda::sinkhorn(shape, options, dtype, logits, log_d1, stream);
+  }
   std::fill_n(log_d1, shape.num_experts, 0.0);
   if (shape.num_tokens == 0) return 0;
   return dispatch_float_dtype(dtype, "sinkhorn", [&](auto tag) {

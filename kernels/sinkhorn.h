@@ -29,7 +29,8 @@ struct SinkhornOptions {
 /// tokens in double by fixed blocks: same bits for any thread count.
 /// @param logits  [T, E] fp32 or fp64, finite
 /// @param log_d1  [E] float64; 0 for T = 0
-/// Returns the number of iterations. Each costs 2*T*E exponentials.
+/// Returns the number of iterations. Each costs 2*T*E exponentials. On kCuda the host waits for the
+/// logits, does the work and copies log_d1 back.
 int64_t sinkhorn(const SinkhornShape& shape, const SinkhornOptions& options, DType dtype,
                  const void* logits, double* log_d1, Stream stream = {});
 int64_t sinkhorn_reference(const SinkhornShape& shape, const SinkhornOptions& options, DType dtype,

@@ -78,11 +78,13 @@ void reference(const Entry& a, const T* b, int64_t rows, int64_t columns, int64_
   }
 }
 
+constexpr const char* kOnCuda = "use LibTorch's dense products there, or give it CPU memory";
+
 }  // namespace
 
 int64_t count_nonzero(const void* values, int64_t count, DType dtype, Stream stream) {
   constexpr const char* kOperation = "count_nonzero";
-  require_device(stream, kOperation);
+  require_device(stream, kOperation, kOnCuda);
   require_count(kOperation, "count", count);
   require_buffer(kOperation, "values", values, count);
   std::atomic<int64_t> total = 0;
@@ -97,7 +99,7 @@ int64_t count_nonzero(const void* values, int64_t count, DType dtype, Stream str
 void sparse_product(const void* a, const void* b, int64_t M, int64_t N, int64_t D, DType dtype,
                     void* out, Stream stream) {
   constexpr const char* kOperation = "sparse_product";
-  require_device(stream, kOperation);
+  require_device(stream, kOperation, kOnCuda);
   check(kOperation, a, b, M, N, D, out, N, M);
   dispatch_float_dtype(dtype, kOperation, [&](auto tag) {
     using T = decltype(tag);
@@ -112,7 +114,7 @@ void sparse_product(const void* a, const void* b, int64_t M, int64_t N, int64_t 
 void sparse_transposed_product(const void* a, const void* b, int64_t M, int64_t N, int64_t D,
                                DType dtype, void* out, Stream stream) {
   constexpr const char* kOperation = "sparse_transposed_product";
-  require_device(stream, kOperation);
+  require_device(stream, kOperation, kOnCuda);
   check(kOperation, a, b, M, N, D, out, M, N);
   dispatch_float_dtype(dtype, kOperation, [&](auto tag) {
     using T = decltype(tag);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/checks.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/parallel.h"
 #include "kernels/simd.h"
 #include "kernels/statistical_top_k_checks.h"
@@ -185,8 +186,11 @@ double normal_upper_quantile(double share) {
 void statistical_top_k(const StatisticalTopKShape& shape, const StatisticalTopKOptions& options,
                        DType dtype, const void* scores, const uint8_t* valid, void* weights,
                        int64_t* non_finite_tokens, Stream stream) {
-  require_device(stream, "statistical_top_k");
   check_statistical_top_k(shape, options, scores, weights);
+  if (stream.device == Device::kCuda) {
+    return cuda::statistical_top_k(shape, options, dtype, scores, valid, weights, non_finite_tokens,
+                                   stream);
+  }
   const int64_t num_blocks = ceil_div(shape.num_tokens, kTokensPerBlock);
   std::vector<int64_t> non_finite(static_cast<size_t>(num_blocks));
   dispatch_float_dtype(dtype, "statistical_top_k", [&](auto tag) {
@@ -211,8 +215,11 @@ void statistical_top_k_backward(const StatisticalTopKShape& shape,
                                 const StatisticalTopKOptions& options, DType dtype,
                                 const void* scores, const uint8_t* valid, const void* weights,
                                 const void* grad_weights, void* grad_scores, Stream stream) {
-  require_device(stream, "statistical_top_k_backward");
   check_statistical_top_k_backward(shape, options, scores, weights, grad_weights, grad_scores);
+  if (stream.device == Device::kCuda) {
+    return cuda::statistical_top_k_backward(shape, options, dtype, scores, valid, weights,
+                                            grad_weights, grad_scores, stream);
+  }
   dispatch_float_dtype(dtype, "statistical_top_k_backward", [&](auto tag) {
     using T = decltype(tag);
     const Job<T> job = make_job<T>(shape, options, scores, valid);

@@ -6,7 +6,8 @@
 
 // Statistical top-k (You et al. 2025, "Spark Transformer"; also in Gemma 3n): of scores that are
 // roughly normal, those above mean + Q * std are K on average. A soft threshold in linear time,
-// without a sort.
+// without a sort. On kCuda the host waits for the tables, does the work and copies the results
+// back.
 
 namespace perseid::kernels {
 

@@ -14,6 +14,8 @@ struct Stream {
 };
 
 /// Throws ConfigError unless the stream is on the host: for operations that have no CUDA kernel.
-void require_device(const Stream& stream, const char* operation);
+/// @param way_out  what to do instead, as the end of the error's sentence
+void require_device(const Stream& stream, const char* operation,
+                    const char* way_out = "give it CPU memory");
 
 }  // namespace perseid::kernels

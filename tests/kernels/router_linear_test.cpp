@@ -4,6 +4,7 @@
 //   IsTranspose      <router_linear(x), y> == <x, backward(y)>, in float64
 //   InvalidTokens    a NaN in a token that is not valid reaches no gradient of weight or bias
 //   Types            types that do not go together are named
+//   OnCuda           names LibTorch's product, which does it there
 #include "kernels/router_linear.h"
 
 #include "tests/kernels/kernels_test.h"
@@ -120,6 +121,15 @@ TEST(RouterLinear, Types) {
                             nullptr);
             }),
             "[router_linear] tokens_dtype=bf16 does not go with logits in fp64");
+}
+
+TEST(RouterLinear, OnCuda) {
+  const auto error = config_error([] {
+    router_linear({1, 1, 1}, DType::kFloat32, DType::kFloat32, nullptr, nullptr, nullptr, nullptr,
+                  {Device::kCuda});
+  });
+  EXPECT_NE(error.find("[router_linear] device=cuda has no kernel"), std::string::npos) << error;
+  EXPECT_NE(error.find("LibTorch's matrix product"), std::string::npos) << error;
 }
 
 }  // namespace

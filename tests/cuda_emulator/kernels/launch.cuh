@@ -169,6 +169,13 @@ inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<unsig
 inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 /// Two units in the last place on a GPU, for quotients of usual size.
 inline float __fdividef(float a, float b) { return a / b; }
+
+/// Sine and cosine of pi x.
+inline void sincospi(double x, double* sine, double* cosine) {
+  constexpr long double kPi = 3.14159265358979323846264338327950288L;
+  *sine = static_cast<double>(std::sin(kPi * x));
+  *cosine = static_cast<double>(std::cos(kPi * x));
+}
 template <typename T>
 T __ldg(const T* p) {
   return *p;
