@@ -7,6 +7,9 @@
 #include <vector>
 
 #include "comm/header.h"
+#include "comm/staging.h"
+#include "kernels/dtype.h"
+#include "kernels/stream.h"
 
 namespace perseid::comm {
 
@@ -61,6 +64,7 @@ struct GroupState {
   std::vector<Words> sent, received;  ///< [size] messages, kept so that a call allocates nothing
   std::vector<PeerBlock> blocks;      ///< [size]
   std::vector<std::byte> scratch;
+  Staging staging;
 };
 
 /// One rank's end of a group: how bytes get to the peers. Everything that ranks agree on is written
@@ -80,6 +84,24 @@ class Backend {
   /// All ranks call it. On return the send blocks may be reused, also when it failed on the host.
   virtual TransferResult exchange(const Transfer& transfer) = 0;
   virtual std::shared_ptr<Backend> split(const Subgroup& subgroup) = 0;
+
+  /// exchange() of blocks in device memory, in the order of `stream`: it reads what was queued
+  /// before, and what is queued later finds the blocks there. Here by way of the host, which waits
+  /// for the stream; other backends queue it. Throws what CUDA says.
+  virtual TransferResult exchange_device(const Transfer& transfer, const kernels::Stream& stream);
+  /// Makes room for an exchange_device() of so many bytes with the peers. Throws OutOfMemory.
+  virtual void reserve_device(int64_t send_bytes, int64_t recv_bytes);
+  /// The host waits until the stream has done its work.
+  virtual TransferResult wait_device(const kernels::Stream& stream, Clock::time_point deadline);
+  /// Can sum_device() be called? Else sums go by way of the host.
+  virtual bool has_device_sum() const { return false; }
+  /// data[i] = sum over ranks of data[i], in place, queued on the stream.
+  virtual TransferResult sum_device(void* /*data*/, int64_t /*count*/, kernels::DType /*dtype*/,
+                                    const kernels::Stream& /*stream*/,
+                                    Clock::time_point /*deadline*/) {
+    return {};
+  }
+
   /// A number that no group of this rank uses yet; what split() gets is agreed from these.
   virtual int64_t proposed_context() const { return 0; }
   /// This rank makes no further call, because of `culprit` (-1: nobody). Peers that wait for it

@@ -1,9 +1,27 @@
 #include "comm/collective.h"
 
+#include <algorithm>
+
+#include "kernels/device_memory.h"
+
 namespace perseid::comm {
 namespace {
 
 constexpr int kLayerMax = 65534;
+
+bool has_gpu() {
+  static const bool has = kernels::device_count() > 0;
+  return has;
+}
+
+// "argument=value limit" of an error that is no disagreement: CUDA's.
+TransferResult broken_by(const Error& error) {
+  const ErrorDetail& detail = error.detail();
+  TransferResult result;
+  result.state = TransferResult::State::kBroken;
+  result.text = detail.argument + "=" + detail.value + " " + detail.limit;
+  return result;
+}
 
 }  // namespace
 
@@ -45,6 +63,19 @@ void Collective::refuse(Code code, int64_t a, int64_t b) {
   refusal_.reporter = rank();
   refusal_.a = a;
   refusal_.b = b;
+}
+
+void Collective::set_stream(const kernels::Stream& stream) {
+  stream_ = stream;
+  if (!is_on_device()) return;
+  header_.dtype |= kDeviceBit;
+  refuse_unless(has_gpu(), Code::kDevice, 0);
+}
+
+void Collective::reserve_device(int64_t send_bytes, int64_t recv_bytes) {
+  if (!is_on_device()) return;
+  allocate(std::max(send_bytes, recv_bytes),
+           [&] { backend_.reserve_device(send_bytes, recv_bytes); });
 }
 
 void Collective::set_rows(const std::vector<int64_t>& send_rows,
@@ -149,10 +180,38 @@ Verdict Collective::exchange_verdicts(const Verdict& mine) {
 }
 
 // ---- moving ------------------------------------------------------------------------------------
+void Collective::run(const std::function<TransferResult()>& transfer) {
+  TransferResult result;
+  try {
+    result = transfer();
+  } catch (const Error& error) {
+    result = broken_by(error);
+  }
+  if (result.state != TransferResult::State::kDone) lose_peers(result);
+}
+
 void Collective::move(int64_t unit_bytes) {
+  if (!is_on_device()) return move_host(unit_bytes);
+  run([&] {
+    return backend_.exchange_device({state().blocks.data(), unit_bytes, deadline_}, stream_);
+  });
+}
+
+void Collective::move_host(int64_t unit_bytes) {
   const TransferResult result =
       backend_.exchange({backend_.state().blocks.data(), unit_bytes, deadline_});
   if (result.state != TransferResult::State::kDone) lose_peers(result);
+}
+
+void Collective::copy_and_wait(const std::function<void(const kernels::Stream&)>& copy) {
+  run([&] {
+    copy(stream_);
+    return backend_.wait_device(stream_, deadline_);
+  });
+}
+
+void Collective::sum_device(void* data, int64_t count, kernels::DType dtype) {
+  run([&] { return backend_.sum_device(data, count, dtype, stream_, deadline_); });
 }
 
 void Collective::lose_peers(const TransferResult& result) {

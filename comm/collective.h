@@ -1,11 +1,13 @@
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "comm/backend.h"
 #include "comm/group.h"
 #include "comm/verdict.h"
+#include "kernels/stream.h"
 
 namespace perseid::comm {
 
@@ -24,7 +26,11 @@ class Collective {
   uint32_t sequence() const { return header_.sequence; }
 
   /// What peers compare. Call before agree().
-  void set_dtype(uint8_t dtype) { header_.dtype = dtype; }
+  void set_dtype(uint8_t dtype) {
+    header_.dtype = static_cast<uint8_t>((header_.dtype & kDeviceBit) | dtype);
+  }
+  /// Payload is in the memory of the stream's device. Refuses a GPU where there is none.
+  void set_stream(const kernels::Stream& stream);
   void set_width(int64_t width) { header_.width = static_cast<uint32_t>(width); }
   void set_root(int root) { header_.rows = static_cast<uint32_t>(root); }
   void set_config_hash(uint32_t hash) { header_.config_hash = hash; }
@@ -51,9 +57,17 @@ class Collective {
 
   /// [size] empty blocks, to be filled for move().
   std::vector<PeerBlock>& clear_blocks();
-  void move(int64_t unit_bytes);
+  void move(int64_t unit_bytes);       ///< of the stream's device
+  void move_host(int64_t unit_bytes);  ///< in host memory, whatever the stream is
+  /// Queues copy(stream) and waits for it.
+  void copy_and_wait(const std::function<void(const kernels::Stream&)>& copy);
+  void sum_device(void* data, int64_t count, kernels::DType dtype);
+  bool is_on_device() const { return stream_.device == kernels::Device::kCuda; }
+  bool has_device_sum() const { return is_on_device() && backend_.has_device_sum(); }
+  void reserve_device(int64_t send_bytes, int64_t recv_bytes);
 
  private:
+  void run(const std::function<TransferResult()>& transfer);
   Verdict exchange_headers();
   Verdict exchange_verdicts(const Verdict& mine);
   void exchange_words();
@@ -66,6 +80,7 @@ class Collective {
   CallSite site_;
   Header header_;
   Verdict refusal_;
+  kernels::Stream stream_;
   const std::vector<int64_t>* send_rows_ = nullptr;
   const std::vector<int64_t>* recv_rows_ = nullptr;
   std::vector<Words> headers_;  // only kept when there is something to report

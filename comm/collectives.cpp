@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "comm/collective.h"
+#include "kernels/device_memory.h"
 #include "kernels/dtype.h"
 
 namespace perseid::comm {
@@ -14,6 +15,8 @@ namespace {
 constexpr int64_t kUnitsMax = std::numeric_limits<int32_t>::max();
 // Bytes of one round of all_reduce: bounds the scratch memory, and stays in the cache.
 constexpr int64_t kRoundBytes = int64_t{1} << 19;
+// Bytes of a device's data that are on the host at a time.
+constexpr int64_t kStagedBytes = int64_t{1} << 24;
 
 template <typename T>
 constexpr kernels::DType dtype_of() {
@@ -66,7 +69,7 @@ void reduce_round(Collective& collective, T* data, int64_t count, ReduceOp op) {
     blocks[static_cast<size_t>(p)] =
         PeerBlock{data + begin_of(p), begin_of(p + 1) - begin_of(p), shards + p * shard, shard};
   }
-  collective.move(sizeof(T));
+  collective.move_host(sizeof(T));
   for (int p = 1; p < size; ++p) fold(shards, shards + p * shard, shard, op);
 
   collective.clear_blocks();
@@ -74,12 +77,21 @@ void reduce_round(Collective& collective, T* data, int64_t count, ReduceOp op) {
     blocks[static_cast<size_t>(p)] =
         PeerBlock{shards, shard, data + begin_of(p), begin_of(p + 1) - begin_of(p)};
   }
-  collective.move(sizeof(T));
+  collective.move_host(sizeof(T));
 }
 
 template <typename T>
-void all_reduce_of(T* data, int64_t count, ReduceOp op, const Group& group, const CallSite& site) {
+void reduce_rounds(Collective& collective, T* data, int64_t count, int64_t round, ReduceOp op) {
+  for (int64_t begin = 0; begin < count; begin += round) {
+    reduce_round(collective, data + begin, std::min(round, count - begin), op);
+  }
+}
+
+template <typename T>
+void all_reduce_of(T* data, int64_t count, ReduceOp op, const Group& group, const CallSite& site,
+                   const kernels::Stream& stream) {
   Collective collective(group, OpCode::kAllReduce, site);
+  collective.set_stream(stream);
   const int64_t round = std::min(count, kRoundBytes / int64_t{sizeof(T)});
   const auto op_bits = static_cast<uint32_t>(op) << 4;
   collective.set_dtype(static_cast<uint8_t>(static_cast<uint32_t>(dtype_of<T>()) | op_bits));
@@ -87,19 +99,33 @@ void all_reduce_of(T* data, int64_t count, ReduceOp op, const Group& group, cons
   collective.refuse_unless(count >= 0 && count <= kUnitsMax, Code::kCount, count);
   collective.refuse_unless(data != nullptr || count <= 0, Code::kBuffer,
                            count * int64_t{sizeof(T)});
-  if (collective.size() > 1) {
+  // NCCL's minima and maxima may lose a NaN.
+  const bool stays_on_device = op == ReduceOp::kSum && collective.has_device_sum();
+  const bool is_staged = collective.is_on_device() && !stays_on_device;
+  const int64_t staged = std::min(count, kStagedBytes / int64_t{sizeof(T)});
+  if (collective.size() > 1 && !stays_on_device && !collective.has_refused()) {
     const int64_t scratch_bytes = (round + collective.size()) * int64_t{sizeof(T)};
     collective.allocate(scratch_bytes, [&] {
       std::vector<std::byte>& scratch = collective.state().scratch;
       if (static_cast<int64_t>(scratch.size()) < scratch_bytes) {
         scratch.resize(static_cast<size_t>(scratch_bytes));
       }
+      if (is_staged) collective.state().staging.reserve(staged * int64_t{sizeof(T)}, 0);
     });
   }
   collective.agree();
-  if (collective.size() == 1) return;
-  for (int64_t begin = 0; begin < count; begin += round) {
-    reduce_round(collective, data + begin, std::min(round, count - begin), op);
+  if (collective.size() == 1 || count == 0) return;
+  if (stays_on_device) return collective.sum_device(data, count, dtype_of<T>());
+  if (!is_staged) return reduce_rounds(collective, data, count, round, op);
+  T* host = reinterpret_cast<T*>(collective.state().staging.send());
+  for (int64_t begin = 0; begin < count; begin += staged) {
+    const int64_t now = std::min(staged, count - begin);
+    const auto bytes = now * int64_t{sizeof(T)};
+    collective.copy_and_wait(
+        [&](const kernels::Stream& on) { kernels::copy_bytes(host, data + begin, bytes, on); });
+    reduce_rounds(collective, host, now, round, op);
+    collective.copy_and_wait(
+        [&](const kernels::Stream& on) { kernels::copy_bytes(data + begin, host, bytes, on); });
   }
 }
 
@@ -110,22 +136,31 @@ void barrier(const Group& group, CallSite site) {
   collective.agree();
 }
 
-void all_reduce(float* data, int64_t count, ReduceOp op, const Group& group, CallSite site) {
-  all_reduce_of(data, count, op, group, site);
+void all_reduce(float* data, int64_t count, ReduceOp op, const Group& group, CallSite site,
+                kernels::Stream stream) {
+  all_reduce_of(data, count, op, group, site, stream);
 }
-void all_reduce(double* data, int64_t count, ReduceOp op, const Group& group, CallSite site) {
-  all_reduce_of(data, count, op, group, site);
+void all_reduce(double* data, int64_t count, ReduceOp op, const Group& group, CallSite site,
+                kernels::Stream stream) {
+  all_reduce_of(data, count, op, group, site, stream);
 }
-void all_reduce(int64_t* data, int64_t count, ReduceOp op, const Group& group, CallSite site) {
-  all_reduce_of(data, count, op, group, site);
+void all_reduce(int64_t* data, int64_t count, ReduceOp op, const Group& group, CallSite site,
+                kernels::Stream stream) {
+  all_reduce_of(data, count, op, group, site, stream);
 }
 
-void all_gather(const void* mine, int64_t bytes, void* all, const Group& group, CallSite site) {
+void all_gather(const void* mine, int64_t bytes, void* all, const Group& group, CallSite site,
+                kernels::Stream stream) {
   Collective collective(group, OpCode::kAllGather, site);
+  collective.set_stream(stream);
   collective.set_width(bytes);
   collective.refuse_unless(bytes >= 0 && bytes <= kUnitsMax, Code::kBytes, bytes);
   const bool has_buffers = (mine != nullptr && all != nullptr) || bytes <= 0;
   collective.refuse_unless(has_buffers, Code::kBuffer, bytes);
+  if (!collective.has_refused()) {
+    const int64_t num_peers = collective.size() - 1;
+    collective.reserve_device(num_peers * bytes, num_peers * bytes);
+  }
   collective.agree();
   if (bytes == 0) return;
   std::vector<PeerBlock>& blocks = collective.clear_blocks();
@@ -136,14 +171,20 @@ void all_gather(const void* mine, int64_t bytes, void* all, const Group& group, 
   collective.move(1);
 }
 
-void broadcast(void* data, int64_t bytes, int root, const Group& group, CallSite site) {
+void broadcast(void* data, int64_t bytes, int root, const Group& group, CallSite site,
+               kernels::Stream stream) {
   Collective collective(group, OpCode::kBroadcast, site);
+  collective.set_stream(stream);
   collective.set_width(bytes);
   collective.set_root(root);
   collective.refuse_unless(bytes >= 0 && bytes <= kUnitsMax, Code::kBytes, bytes);
   collective.refuse_unless(root >= 0 && root < collective.size(), Code::kRoot, root,
                            collective.size());
   collective.refuse_unless(data != nullptr || bytes <= 0, Code::kBuffer, bytes);
+  if (!collective.has_refused()) {
+    const bool is_root = collective.rank() == root;
+    collective.reserve_device(is_root ? (collective.size() - 1) * bytes : 0, is_root ? 0 : bytes);
+  }
   collective.agree();
   if (bytes == 0) return;
   std::vector<PeerBlock>& blocks = collective.clear_blocks();

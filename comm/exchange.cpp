@@ -114,8 +114,12 @@ void exchange_rows(const void* send, void* recv, const RowType& row, const Excha
     collective.refuse_unless(plan.send_rows[self] == plan.recv_rows[self], Code::kOwnRows,
                              plan.send_rows[self], plan.recv_rows[self]);
   }
-  collective.refuse_unless(stream.device == kernels::Device::kCpu, Code::kDevice, 0);
+  collective.set_stream(stream);
   check_buffers(collective, send, recv, row_bytes, plan);
+  if (!collective.has_refused()) {
+    collective.reserve_device(bytes_of(plan.num_send_rows() - plan.send_rows[self], row_bytes),
+                              bytes_of(plan.num_recv_rows() - plan.recv_rows[self], row_bytes));
+  }
   collective.set_rows(plan.send_rows, plan.recv_rows);
   collective.agree();
   if (row_bytes == 0) return;

@@ -39,9 +39,13 @@ struct RowType {
 /// ranks of `group`, also with 0 rows. Does not reorder or convert.
 /// @param send  [sum(send_rows), width] blocks in rank order without gaps; borrowed
 /// @param recv  [R, width] blocks in rank order; borrowed, must not overlap `send`
-/// Moves num_send_rows() * row.bytes() bytes; the block for this rank is a local copy. Host groups:
-/// complete on return. Throws on every rank if ranks disagree about dtype, width or rows, and then
-/// names the rank; `recv` is unspecified.
+/// @param stream  where the rows are; the same kind of device on all ranks
+/// Moves num_send_rows() * row.bytes() bytes; the block for this rank is a local copy. Host memory:
+/// complete on return. Device memory: in the order of `stream`, so what is queued before it fills
+/// `send`, and what is queued after it may read `recv` and overwrite `send`. Headers are agreed on
+/// the host at once; for the rows the host waits only in mpi and tcp groups, which stage them
+/// through page-locked memory. Throws on every rank if ranks disagree about device, dtype, width or
+/// rows, and then names the rank; `recv` is unspecified.
 void exchange_rows(const void* send, void* recv, const RowType& row, const ExchangePlan& plan,
                    const Group& group, CallSite site = {}, kernels::Stream stream = {});
 

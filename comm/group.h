@@ -34,7 +34,7 @@ class Group {
 
   int rank() const;
   int size() const;
-  const char* backend_name() const;  ///< "self", "local" or "mpi"
+  const char* backend_name() const;  ///< "self", "local", "mpi", "tcp" or "nccl"
 
   /// Collective. Ranks that pass equal `color` (>= 0) form a group, ordered by (key, rank).
   Group split(int color, int key) const;

@@ -28,6 +28,8 @@ inline bool is_intact(const Words& words) { return words[7] == checksum(words); 
 constexpr uint32_t kHeaderMagic = 0x5045;  // "PE"
 constexpr uint32_t kHeaderVersion = 1;
 
+constexpr uint8_t kDeviceBit = 0x80;  // of Header::dtype: the payload is in device memory
+
 /// What the first message of each collective says.
 struct Header {
   uint8_t verdict = 0;  ///< Code of this rank's refusal, 0: none
@@ -36,7 +38,7 @@ struct Header {
   uint32_t step = 0;   ///< low 32 bits; all ones: none
   uint8_t op = 0;      ///< OpCode
   uint16_t layer = 0;  ///< all ones: none
-  uint8_t dtype = 0;   ///< DType in the low half, ReduceOp in the high half
+  uint8_t dtype = 0;   ///< DType in bits 0-3, ReduceOp in bits 4-6, kDeviceBit
   uint32_t rows = 0;   ///< exchange_rows: rows to this peer; broadcast: the root; else 0
   uint32_t width = 0;  ///< elements of a row; else count or bytes of the collective
   uint32_t config_hash = 0;

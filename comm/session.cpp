@@ -14,6 +14,7 @@
 #include "comm/collectives.h"
 #include "comm/mpi_runtime.h"
 #include "comm/nccl_group.h"
+#include "comm/text_hash.h"
 #include "kernels/error.h"
 
 namespace perseid::comm {
@@ -122,13 +123,6 @@ int run_threads(int size, const std::function<void(const Group&)>& body) {
 }
 
 // ---- mpi ---------------------------------------------------------------------------------------
-// FNV-1a; the same on every rank, which std::hash need not be.
-uint64_t hash_of(const std::string& text) {
-  uint64_t hash = 0xCBF29CE484222325ull;
-  for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001B3ull;
-  return hash;
-}
-
 int64_t farewell_wait_ms(const Outcome& outcome) {
   if (outcome.status == 0) return kDoneWaitMs;
   return outcome.is_agreed ? kAgreedWaitMs : kFailedWaitMs;
@@ -147,7 +141,7 @@ int64_t farewell_wait_ms(const Outcome& outcome) {
 // Ranks tell each other how they ended, so that none leaves with 0 when another failed.
 int part(const Outcome& outcome, const Group& world) {
   if (outcome.is_peer_lost) abort_job(outcome, world);
-  const Farewell mine{outcome.status, hash_of(outcome.common_text)};
+  const Farewell mine{outcome.status, hash_text(outcome.common_text)};
   const std::vector<Farewell> all = exchange_farewells(world, mine, farewell_wait_ms(outcome));
   if (all.empty()) abort_job(outcome, world);
   int status = outcome.status;
