@@ -13,6 +13,7 @@
 #include <limits>
 #include <tuple>
 
+#include "gates/device.h"
 #include "gates/draws.h"
 #include "gates/gate_parts.h"
 #include "gates/linear_router.h"
@@ -70,7 +71,7 @@ Tensor GShardGate::sampled_second(const GateInput& input, const Tensor& scores,
   const kernels::RandomKey key = draw_key(options_.seed(), input.step, options_.layer_id(),
                                           options_.gate_id(), Draw::kSecondExpert);
   kernels::fill_uniform(uniform.mutable_data_ptr(), uniform.numel(), kernels::DType::kFloat64,
-                        0x1p-60, 1, kernels::skip(key, first));
+                        0x1p-60, 1, kernels::skip(key, first), stream_of(uniform, kOperation));
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const Tensor perturbed = scores.detach()
                                .to(at::kDouble)
@@ -95,7 +96,8 @@ Tensor GShardGate::is_second_kept(const GateInput& input, const Tensor& second_s
         const kernels::RandomKey key = draw_key(options_.seed(), input.step, options_.layer_id(),
                                                 options_.gate_id(), Draw::kSecondKept);
         kernels::fill_uniform(uniform.mutable_data_ptr(), uniform.numel(), kernels::DType::kFloat64,
-                              0, 1, kernels::skip(key, static_cast<uint64_t>(input.first_token)));
+                              0, 1, kernels::skip(key, static_cast<uint64_t>(input.first_token)),
+                              stream_of(uniform, kOperation));
         return uniform.mul(options_.second_threshold()).lt(second_share.to(at::kDouble));
       }
       [[fallthrough]];

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <utility>
 
+#include "gates/device.h"
 #include "gates/draws.h"
 #include "gates/gate_parts.h"
 #include "gates/linear_router.h"
@@ -65,7 +66,7 @@ NoisyTopKGate::Logits NoisyTopKGate::logits_of(const GateInput& input) const {
   kernels::fill_normal(
       noise.mutable_data_ptr(), noise.numel(),
       noise.scalar_type() == at::kDouble ? kernels::DType::kFloat64 : kernels::DType::kFloat32, key,
-      first);
+      first, stream_of(noise, kOperation));
   if (options_.noise() == RouterNoise::kLearned) {
     logits.sigma = at::softplus(linear_logits(features, noise_weight, {}, valid))
                        .add(options_.noise_epsilon());

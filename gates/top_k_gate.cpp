@@ -116,7 +116,8 @@ at::Tensor TopKGate::features_of(const GateInput& input) const {
     const int64_t first = input.first_token * options_.d_model();
     kernels::fill_uniform(factor.mutable_data_ptr(), factor.numel(), kernels::DType::kFloat32,
                           1 - options_.jitter_eps(), 1 + options_.jitter_eps(),
-                          kernels::skip(key, static_cast<uint64_t>(first)));
+                          kernels::skip(key, static_cast<uint64_t>(first)),
+                          stream_of(factor, kOperation));
     features = features.to(type).mul(factor);
   }
   return gate_features(features, options_.input_norm(), type);
