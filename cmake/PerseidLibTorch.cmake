@@ -84,6 +84,14 @@ if(PERSEID_HAS_CUDA)
     message(STATUS "CUDA: off (libtorch_cuda.so misses ${perseid_lacks})")
     set(PERSEID_HAS_CUDA FALSE)
     set(PERSEID_HAS_NCCL FALSE)
+  else()
+    # The CUDA runtime and NCCL are those that LibTorch loads: a second one in a process does harm.
+    foreach(library IN ITEMS cudart nccl)
+      if(perseid_ldd MATCHES "lib${library}\\.so[.0-9]* => ([^ \t\n]+)")
+        add_library(Perseid::${library} SHARED IMPORTED GLOBAL)
+        set_target_properties(Perseid::${library} PROPERTIES IMPORTED_LOCATION "${CMAKE_MATCH_1}")
+      endif()
+    endforeach()
   endif()
 endif()
 
@@ -109,7 +117,7 @@ else()
     # Nobody calls libtorch_cuda.so by name: it registers its operations when it is loaded.
     target_link_libraries(Perseid::libtorch INTERFACE
       "-Wl,--push-state,--no-as-needed,${perseid_torch}/lib/libtorch_cuda.so,--pop-state"
-      Perseid::c10_cuda CUDA::cudart)
+      Perseid::c10_cuda Perseid::cudart)
   endif()
   # The libraries behind torch_cpu (CUDA runtime, CUPTI) are found by its own run path.
   target_link_options(Perseid::libtorch INTERFACE

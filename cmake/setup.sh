@@ -116,6 +116,15 @@ perseid_has_cuda_toolkit() {
     PATH=$PATH:/usr/local/cuda/bin nvcc --version 2>/dev/null | grep -q 'release 13\.'
 }
 
+# The preset of this machine: cuda where the toolkit and LibTorch's GPU part are whole.
+perseid_preset() {
+  if perseid_has_cuda_toolkit && [ -z "$(perseid_torch_lacks libtorch_cuda.so)" ]; then
+    echo cuda
+  else
+    echo cpu
+  fi
+}
+
 perseid_has_torch() {
   if perseid_has_cuda_toolkit && [ -n "$(perseid_torch_lacks libtorch_cuda.so)" ] &&
     ! [ -e "$perseid_venv/perseid-no-gpu" ]; then

@@ -15,7 +15,7 @@ ranks=${PERSEID_RANKS:-2}
 perseid_setup
 if [ ! -e build/release/build.ninja ]; then
   perseid_say "configuring build/release"
-  cmake --preset cpu -B build/release -DPERSEID_BUILD_TESTS=OFF >/dev/null
+  cmake --preset "$(perseid_preset)" -B build/release -DPERSEID_BUILD_TESTS=OFF >/dev/null
 fi
 perseid_build build/release train_fashion
 perseid_mpi_environment

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include "gates/kernel_types.h"
 #include "kernels/router_linear.h"
@@ -27,6 +28,7 @@ Tensor clean_rows(const Tensor& rows, const Tensor& valid) {
 
 LinearGradients device_backward(const Tensor& features, const Tensor& weight, const Tensor& valid,
                                 const Tensor& grad_in, LinearWanted wanted) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   const Tensor grad = clean_rows(grad_in, valid);
   LinearGradients result;
   if (wanted.features) {
@@ -44,6 +46,7 @@ LinearGradients device_backward(const Tensor& features, const Tensor& weight, co
 
 Tensor linear_product(const Tensor& features, const Tensor& weight, const Tensor& bias) {
   if (is_on_device(features)) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Tensor rows = features.to(weight.scalar_type());
     return bias.defined() ? at::addmm(bias, rows, weight.t()) : at::mm(rows, weight.t());
   }

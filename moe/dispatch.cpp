@@ -10,6 +10,7 @@
 #include "kernels/combine.h"
 #include "kernels/permute.h"
 #include "moe/tensor_types.h"
+#include "moe/trace.h"
 
 namespace perseid {
 namespace {
@@ -54,12 +55,14 @@ at::Tensor exchanged(const at::Tensor& rows, const comm::ExchangePlan& plan, con
 }
 
 at::Tensor dispatch_rows(const at::Tensor& tokens, const Pipe& pipe) {
+  const Trace trace("perseid::dispatch");
   const at::Tensor dense = tokens.contiguous();
   const at::Tensor& row_of = pipe.plan->token_of_row;
   return exchanged(row_of.defined() ? permuted(dense, row_of) : dense, pipe.plan->rows, pipe);
 }
 
 at::Tensor combine_rows(const at::Tensor& rows, const Pipe& pipe) {
+  const Trace trace("perseid::combine");
   const RoutingPlan& plan = *pipe.plan;
   const at::Tensor home = exchanged(rows.contiguous(), comm::reversed(plan.rows), pipe);
   if (!plan.token_rows.defined()) return home;

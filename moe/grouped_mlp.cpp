@@ -11,6 +11,7 @@
 #include "gates/gate.h"
 #include "kernels/error.h"
 #include "kernels/random.h"
+#include "moe/autocast.h"
 #include "moe/device_experts.h"
 #include "moe/grouped_rows.h"
 #include "moe/mlp_core.h"
@@ -242,9 +243,11 @@ at::Tensor GroupedMLP::forward(const at::Tensor& rows, const at::Tensor& weights
     gates::require_shape(up_bias, {L, up_rows}, "grouped_mlp", "up_bias");
     gates::require_shape(down_bias, {L, d_out()}, "grouped_mlp", "down_bias");
   }
-  return MlpFunction::apply(rows, weights, up_proj, or_missing(up_bias), down_proj,
-                            or_missing(down_bias), MlpKind{options_.activation(), options_.gated()},
-                            plan);
+  const Autocast autocast(rows);
+  return autocast.back(MlpFunction::apply(
+      autocast.cast(rows), weights, autocast.cast(up_proj), or_missing(autocast.cast(up_bias)),
+      autocast.cast(down_proj), or_missing(autocast.cast(down_bias)),
+      MlpKind{options_.activation(), options_.gated()}, plan));
 }
 
 GroupedLinear::GroupedLinear(const GroupedLinearOptions& options, const ExpertPlacement& placement,
@@ -270,7 +273,9 @@ at::Tensor GroupedLinear::forward(const at::Tensor& rows, const at::Tensor& weig
   const int64_t L = num_local_experts();
   gates::require_shape(weight, {L, d_out(), d_in()}, "grouped_linear", "weight");
   if (options_.bias()) gates::require_shape(bias, {L, d_out()}, "grouped_linear", "bias");
-  return LinearFunction::apply(rows, weights, weight, or_missing(bias), plan);
+  const Autocast autocast(rows);
+  return autocast.back(LinearFunction::apply(autocast.cast(rows), weights, autocast.cast(weight),
+                                             or_missing(autocast.cast(bias)), plan));
 }
 
 }  // namespace perseid

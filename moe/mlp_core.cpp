@@ -11,11 +11,13 @@
 #include "moe/products.h"
 #include "moe/segments.h"
 #include "moe/tensor_types.h"
+#include "moe/trace.h"
 
 namespace perseid {
 
 MlpOutput mlp_forward(const at::Tensor& rows, const at::Tensor& weights,
                       const MlpParameters& parameters, MlpKind kind, const LocalPlan& plan) {
+  const Trace trace("perseid::experts");
   if (gates::is_on_device(rows)) return device_mlp_forward(rows, weights, parameters, kind, plan);
   const at::Tensor &up = parameters.up, &down = parameters.down;
   const kernels::DType dtype = dtype_of(rows, "grouped_mlp");
@@ -77,6 +79,7 @@ MlpGradients mlp_backward(const at::Tensor& grad_out, const at::Tensor& rows,
                           const at::Tensor& weights, const MlpParameters& parameters,
                           const at::Tensor& pre, MlpKind kind, const LocalPlan& plan,
                           const MlpWanted& wanted) {
+  const Trace trace("perseid::experts_backward");
   if (gates::is_on_device(rows)) {
     return device_mlp_backward(grad_out, rows, weights, parameters, pre, kind, plan, wanted);
   }

@@ -21,6 +21,7 @@
 #include "moe/selection.h"
 #include "moe/tensor_types.h"
 #include "moe/threads.h"
+#include "moe/trace.h"
 
 namespace perseid {
 namespace {
@@ -285,6 +286,7 @@ gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite 
 
 MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
                                     const std::optional<MoEStats>& earlier, comm::CallSite site) {
+  const Trace trace("perseid::gates");
   Decision decision;
   MoEStats stats;
   std::vector<gates::Routing> routings;

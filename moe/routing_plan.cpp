@@ -10,6 +10,7 @@
 #include "kernels/sort.h"
 #include "moe/tensor_types.h"
 #include "moe/threads.h"
+#include "moe/trace.h"
 
 namespace perseid {
 namespace {
@@ -216,6 +217,7 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
                                                      const comm::Group& group,
                                                      const PlanOptions& options) {
   use_libtorch_threads();
+  const Trace trace("perseid::make_routing_plan");
   const int num_ranks = group.size();
   const bool is_device = gates::is_on_device(routing_in.expert_idx);
   if (is_device && num_ranks == 1) {

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Builds everything and runs every test. Installs what is missing first.
+# Builds everything and runs every test. Installs what is missing first. Where there is a CUDA toolkit
+# the GPU part is built, too, and its kernels are run by the emulator; tests that need a GPU are skipped
+# without one.
 #   bash tests/run.sh                style checks, build, all tests
 #   bash tests/run.sh -R gates       only tests whose name matches; further arguments go to ctest
 #   bash tests/run.sh --python       also the tests in Python; installs what torch needs there
@@ -9,19 +11,21 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . cmake/setup.sh
 
-preset=cpu
+preset=
 python=0
 case ${1:-} in
   --python) python=1 && shift ;;
   --asan | --tsan) preset=${1#--} && shift ;;
-  -h | --help) sed -n '2,7s/^# //p' "$0" && exit ;;
+  -h | --help) sed -n '2,9s/^# //p' "$0" && exit ;;
 esac
-build=build/$preset
 
 perseid_setup libgtest-dev clang-format
+sanitized=$preset
+preset=${preset:-$(perseid_preset)}
+build=build/$preset
 [ $python = 0 ] || perseid_setup_python
 style=0
-if [ "$preset" = cpu ]; then
+if [ -z "$sanitized" ]; then
   perseid_say "style: include directions and formatting"
   .ci/check_includes || style=1
   .ci/check_format || style=1
