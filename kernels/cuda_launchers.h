@@ -2,6 +2,7 @@
 #include "kernels/activation.h"
 #include "kernels/combine.h"
 #include "kernels/permute.h"
+#include "kernels/plan.h"
 #include "kernels/sort.h"
 
 // The CUDA side of the operations of this folder: same arguments and results as the public
@@ -29,5 +30,12 @@ void permute(const void* rows, const int32_t* row_of, void* out, int64_t num_out
              const Stream& stream);
 void unpermute(const void* rows, const int32_t* row_of, void* out, int64_t num_rows,
                int64_t row_bytes, const Stream& stream);
+
+void invert_order(const int32_t* order, int64_t num_rows, int32_t* place_of, const Stream& stream);
+void row_of_sorted(const int32_t* order, int64_t num_places, const int32_t* row_offsets,
+                   int64_t num_rows, int64_t fixed, int32_t* row_of, const Stream& stream);
+void expert_ends(const int64_t* offsets, int64_t num_experts, int32_t* ends, const Stream& stream);
+void sum_by_expert(const void* rows, int64_t num_rows, int64_t width, const int64_t* offsets,
+                   int64_t num_experts, void* out, DType dtype, const Stream& stream);
 
 }  // namespace perseid::kernels::cuda

@@ -39,4 +39,15 @@ void unpermute(const void*, const int32_t*, void*, int64_t, int64_t, const Strea
   refuse("unpermute");
 }
 
+void invert_order(const int32_t*, int64_t, int32_t*, const Stream&) { refuse("invert_order"); }
+void row_of_sorted(const int32_t*, int64_t, const int32_t*, int64_t, int64_t, int32_t*,
+                   const Stream&) {
+  refuse("row_of_sorted");
+}
+void expert_ends(const int64_t*, int64_t, int32_t*, const Stream&) { refuse("expert_ends"); }
+void sum_by_expert(const void*, int64_t, int64_t, const int64_t*, int64_t, void*, DType,
+                   const Stream&) {
+  refuse("sum_by_expert");
+}
+
 }  // namespace perseid::kernels::cuda
