@@ -1,8 +1,10 @@
 #pragma once
 #include "kernels/activation.h"
 #include "kernels/combine.h"
+#include "kernels/hash.h"
 #include "kernels/permute.h"
 #include "kernels/plan.h"
+#include "kernels/ragged.h"
 #include "kernels/sort.h"
 
 // The CUDA side of the operations of this folder: same arguments and results as the public
@@ -37,5 +39,16 @@ void row_of_sorted(const int32_t* order, int64_t num_places, const int32_t* row_
 void expert_ends(const int64_t* offsets, int64_t num_experts, int32_t* ends, const Stream& stream);
 void sum_by_expert(const void* rows, int64_t num_rows, int64_t width, const int64_t* offsets,
                    int64_t num_experts, void* out, DType dtype, const Stream& stream);
+
+void hash_buckets(const int64_t* keys, int64_t count, uint64_t seed, int64_t num_buckets,
+                  int32_t* buckets, const Stream& stream);
+
+int64_t ragged_offsets(const RaggedShape& shape, DType dtype, const void* weights,
+                       int32_t* token_offsets, const Stream& stream);
+void ragged_rows(const RaggedShape& shape, DType dtype, const void* weights,
+                 const int32_t* token_offsets, const RaggedOutput& output, const Stream& stream);
+void ragged_to_dense(const RaggedShape& shape, DType dtype, const int32_t* token_offsets,
+                     const int32_t* expert_idx, const void* values, void* table,
+                     const Stream& stream);
 
 }  // namespace perseid::kernels::cuda

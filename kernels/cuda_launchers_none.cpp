@@ -50,4 +50,20 @@ void sum_by_expert(const void*, int64_t, int64_t, const int64_t*, int64_t, void*
   refuse("sum_by_expert");
 }
 
+void hash_buckets(const int64_t*, int64_t, uint64_t, int64_t, int32_t*, const Stream&) {
+  refuse("hash_buckets");
+}
+
+int64_t ragged_offsets(const RaggedShape&, DType, const void*, int32_t*, const Stream&) {
+  refuse("ragged_offsets");
+}
+void ragged_rows(const RaggedShape&, DType, const void*, const int32_t*, const RaggedOutput&,
+                 const Stream&) {
+  refuse("ragged_rows");
+}
+void ragged_to_dense(const RaggedShape&, DType, const int32_t*, const int32_t*, const void*, void*,
+                     const Stream&) {
+  refuse("ragged_to_dense");
+}
+
 }  // namespace perseid::kernels::cuda
