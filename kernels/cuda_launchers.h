@@ -5,6 +5,7 @@
 #include "kernels/permute.h"
 #include "kernels/plan.h"
 #include "kernels/ragged.h"
+#include "kernels/select.h"
 #include "kernels/sort.h"
 
 // The CUDA side of the operations of this folder: same arguments and results as the public
@@ -50,5 +51,8 @@ void ragged_rows(const RaggedShape& shape, DType dtype, const void* weights,
 void ragged_to_dense(const RaggedShape& shape, DType dtype, const int32_t* token_offsets,
                      const int32_t* expert_idx, const void* values, void* table,
                      const Stream& stream);
+
+void select_k(const void* values, int64_t count, int64_t k, DType dtype, uint8_t* is_kept,
+              const Stream& stream);
 
 }  // namespace perseid::kernels::cuda

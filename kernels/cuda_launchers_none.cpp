@@ -66,4 +66,6 @@ void ragged_to_dense(const RaggedShape&, DType, const int32_t*, const int32_t*, 
   refuse("ragged_to_dense");
 }
 
+void select_k(const void*, int64_t, int64_t, DType, uint8_t*, const Stream&) { refuse("select_k"); }
+
 }  // namespace perseid::kernels::cuda
