@@ -2,9 +2,13 @@
 #include "kernels/activation.h"
 #include "kernels/assignment.h"
 #include "kernels/combine.h"
+#include "kernels/hash.h"
 #include "kernels/permute.h"
+#include "kernels/plan.h"
+#include "kernels/ragged.h"
 #include "kernels/random_element.h"
 #include "kernels/router.h"
+#include "kernels/select.h"
 #include "kernels/sinkhorn.h"
 #include "kernels/sort.h"
 #include "kernels/statistical_top_k.h"
@@ -61,5 +65,26 @@ void statistical_top_k_backward(const StatisticalTopKShape& shape,
                                 const StatisticalTopKOptions& options, DType dtype,
                                 const void* scores, const uint8_t* valid, const void* weights,
                                 const void* grad_weights, void* grad_scores, const Stream& stream);
+
+void invert_order(const int32_t* order, int64_t num_rows, int32_t* place_of, const Stream& stream);
+void row_of_sorted(const int32_t* order, int64_t num_places, const int32_t* row_offsets,
+                   int64_t num_rows, int64_t fixed, int32_t* row_of, const Stream& stream);
+void expert_ends(const int64_t* offsets, int64_t num_experts, int32_t* ends, const Stream& stream);
+void sum_by_expert(const void* rows, int64_t num_rows, int64_t width, const int64_t* offsets,
+                   int64_t num_experts, void* out, DType dtype, const Stream& stream);
+
+void hash_buckets(const int64_t* keys, int64_t count, uint64_t seed, int64_t num_buckets,
+                  int32_t* buckets, const Stream& stream);
+
+int64_t ragged_offsets(const RaggedShape& shape, DType dtype, const void* weights,
+                       int32_t* token_offsets, const Stream& stream);
+void ragged_rows(const RaggedShape& shape, DType dtype, const void* weights,
+                 const int32_t* token_offsets, const RaggedOutput& output, const Stream& stream);
+void ragged_to_dense(const RaggedShape& shape, DType dtype, const int32_t* token_offsets,
+                     const int32_t* expert_idx, const void* values, void* table,
+                     const Stream& stream);
+
+void select_k(const void* values, int64_t count, int64_t k, DType dtype, uint8_t* is_kept,
+              const Stream& stream);
 
 }  // namespace perseid::kernels::cuda

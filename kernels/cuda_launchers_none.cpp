@@ -74,4 +74,33 @@ void route_backward(const RouterShape&, const RouterOptions&, DType, const Route
   refuse("route_backward");
 }
 
+void invert_order(const int32_t*, int64_t, int32_t*, const Stream&) { refuse("invert_order"); }
+void row_of_sorted(const int32_t*, int64_t, const int32_t*, int64_t, int64_t, int32_t*,
+                   const Stream&) {
+  refuse("row_of_sorted");
+}
+void expert_ends(const int64_t*, int64_t, int32_t*, const Stream&) { refuse("expert_ends"); }
+void sum_by_expert(const void*, int64_t, int64_t, const int64_t*, int64_t, void*, DType,
+                   const Stream&) {
+  refuse("sum_by_expert");
+}
+
+void hash_buckets(const int64_t*, int64_t, uint64_t, int64_t, int32_t*, const Stream&) {
+  refuse("hash_buckets");
+}
+
+int64_t ragged_offsets(const RaggedShape&, DType, const void*, int32_t*, const Stream&) {
+  refuse("ragged_offsets");
+}
+void ragged_rows(const RaggedShape&, DType, const void*, const int32_t*, const RaggedOutput&,
+                 const Stream&) {
+  refuse("ragged_rows");
+}
+void ragged_to_dense(const RaggedShape&, DType, const int32_t*, const int32_t*, const void*, void*,
+                     const Stream&) {
+  refuse("ragged_to_dense");
+}
+
+void select_k(const void*, int64_t, int64_t, DType, uint8_t*, const Stream&) { refuse("select_k"); }
+
 }  // namespace perseid::kernels::cuda

@@ -9,8 +9,9 @@
 #include <vector>
 
 #include "kernels/checks.h"
-#include "kernels/ordered_key.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/parallel.h"
+#include "kernels/ragged_parts.h"
 
 namespace perseid::kernels {
 namespace {
@@ -32,11 +33,6 @@ void check(const char* operation, const RaggedShape& shape, const void* table,
 
 int64_t tokens_per_thread(const RaggedShape& shape) {
   return ceil_div(kWeightsPerThread, shape.num_experts);
-}
-
-template <typename T>
-PERSEID_INLINE bool is_kept(T weight) {
-  return !(weight <= T{0});  // true for a NaN
 }
 
 template <typename T>
@@ -68,8 +64,7 @@ template <typename T>
 PERSEID_INLINE int64_t read_kept(const T* row, int64_t num_experts, RowScratch<T>& scratch) {
   int64_t length = 0;
   for (int64_t e = 0; e < num_experts; ++e) {
-    const SignedKey<T> key = signed_key(row[e]);
-    scratch.keys[length] = key > 0 ? key : 0;  // only a NaN has a negative key and is kept
+    scratch.keys[length] = kept_key(row[e]);
     scratch.experts[length] = static_cast<int32_t>(e);
     length += is_kept(row[e]) ? 1 : 0;
   }
@@ -127,6 +122,11 @@ PERSEID_SIMD_CLONES void fill_rows(const T* weights, int64_t num_experts, int64_
 
 }  // namespace
 
+void require_assignments(int64_t num_assignments) {
+  require(num_assignments <= std::numeric_limits<int32_t>::max(), "routing", "num_assignments",
+          num_assignments, "exceeds 2147483647; split the batch");
+}
+
 int64_t lengths_to_offsets(int32_t* token_offsets, int64_t num_tokens) {
   int64_t total = 0;
   token_offsets[0] = 0;
@@ -134,16 +134,17 @@ int64_t lengths_to_offsets(int32_t* token_offsets, int64_t num_tokens) {
     total += token_offsets[t];
     token_offsets[t] = static_cast<int32_t>(total);
   }
-  require(total <= std::numeric_limits<int32_t>::max(), "routing", "num_assignments", total,
-          "exceeds 2147483647; split the batch");
+  require_assignments(total);
   return total;
 }
 
 int64_t ragged_offsets(const RaggedShape& shape, DType dtype, const void* weights,
                        int32_t* token_offsets, Stream stream) {
   constexpr const char* kOperation = "ragged_offsets";
-  require_device(stream, kOperation);
   check(kOperation, shape, weights, token_offsets);
+  if (stream.device == Device::kCuda) {
+    return cuda::ragged_offsets(shape, dtype, weights, token_offsets, stream);
+  }
   dispatch_float_dtype(dtype, kOperation, [&](auto tag) {
     const auto* const table = static_cast<const decltype(tag)*>(weights);
     parallel_for(0, shape.num_tokens, tokens_per_thread(shape), [&](int64_t begin, int64_t end) {
@@ -156,8 +157,10 @@ int64_t ragged_offsets(const RaggedShape& shape, DType dtype, const void* weight
 void ragged_rows(const RaggedShape& shape, DType dtype, const void* weights,
                  const int32_t* token_offsets, const RaggedOutput& output, Stream stream) {
   constexpr const char* kOperation = "ragged_rows";
-  require_device(stream, kOperation);
   check(kOperation, shape, weights, token_offsets);
+  if (stream.device == Device::kCuda) {
+    return cuda::ragged_rows(shape, dtype, weights, token_offsets, output, stream);
+  }
   dispatch_float_dtype(dtype, kOperation, [&](auto tag) {
     using T = decltype(tag);
     const auto* const table = static_cast<const T*>(weights);
@@ -171,8 +174,10 @@ void ragged_rows(const RaggedShape& shape, DType dtype, const void* weights,
 void ragged_to_dense(const RaggedShape& shape, DType dtype, const int32_t* token_offsets,
                      const int32_t* expert_idx, const void* values, void* table, Stream stream) {
   constexpr const char* kOperation = "ragged_to_dense";
-  require_device(stream, kOperation);
   check(kOperation, shape, table, token_offsets);
+  if (stream.device == Device::kCuda) {
+    return cuda::ragged_to_dense(shape, dtype, token_offsets, expert_idx, values, table, stream);
+  }
   require_buffer(kOperation, "expert_idx", expert_idx, token_offsets[shape.num_tokens]);
   require_buffer(kOperation, "values", values, token_offsets[shape.num_tokens]);
   dispatch_float_dtype(dtype, kOperation, [&](auto tag) {

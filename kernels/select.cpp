@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels/checks.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/ordered_key.h"
 #include "kernels/parallel.h"
 #include "kernels/simd.h"
@@ -135,8 +136,10 @@ void select_values(const T* values, int64_t count, int64_t k, uint8_t* is_kept) 
 
 void select_k(const void* values, int64_t count, int64_t k, DType dtype, uint8_t* is_kept,
               Stream stream) {
-  require_device(stream, "select_k");
   check(values, count, k, is_kept);
+  if (stream.device == Device::kCuda) {
+    return cuda::select_k(values, count, k, dtype, is_kept, stream);
+  }
   dispatch_float_dtype(dtype, "select_k", [&](auto tag) {
     using T = decltype(tag);
     if (k == 0 || k >= count) {

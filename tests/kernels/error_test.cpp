@@ -3,8 +3,11 @@
 //   Refusals     each operation on Device::kCuda: its own name and the option to set
 #include "kernels/activation.h"
 #include "kernels/combine.h"
+#include "kernels/device_memory.h"
 #include "kernels/hash.h"
 #include "kernels/permute.h"
+#include "kernels/plan.h"
+#include "kernels/ragged.h"
 #include "kernels/router.h"
 #include "kernels/select.h"
 #include "kernels/sort.h"
@@ -92,14 +95,19 @@ TEST(Refusals, DTypesWithoutArithmetic) {
 }
 
 TEST(Refusals, DeviceOfAnotherBuild) {
+  if (device_problem().find("no CUDA part") == std::string::npos) {
+    GTEST_SKIP() << "needs a build without CUDA";
+  }
   const Stream cuda{Device::kCuda, nullptr};
+  int32_t number = 0;
+  int64_t offset = 0;
   const auto expected = [](const std::string& operation) {
     return "[" + operation + "] device=cuda is not in this build; configure with -DPERSEID_CUDA=ON";
   };
   const DType fp32 = DType::kFloat32;
-  EXPECT_EQ(config_error([&] { permute(nullptr, nullptr, nullptr, 0, 4, cuda); }),
+  EXPECT_EQ(config_error([&] { permute(&number, nullptr, &number, 1, 4, cuda); }),
             expected("permute"));
-  EXPECT_EQ(config_error([&] { unpermute(nullptr, nullptr, nullptr, 0, 4, cuda); }),
+  EXPECT_EQ(config_error([&] { unpermute(&number, nullptr, &number, 1, 4, cuda); }),
             expected("unpermute"));
   EXPECT_EQ(config_error([&] { combine(nullptr, {}, nullptr, 1, nullptr, 0, 0, fp32, cuda); }),
             expected("combine"));
@@ -115,12 +123,31 @@ TEST(Refusals, DeviceOfAnotherBuild) {
                                   cuda);
             }),
             expected("activation_backward"));
-  EXPECT_EQ(config_error([&] { counting_sort(nullptr, 0, 0, nullptr, nullptr, cuda); }),
+  EXPECT_EQ(config_error([&] { counting_sort(nullptr, 0, 0, &offset, nullptr, cuda); }),
             expected("counting_sort"));
   EXPECT_EQ(config_error([&] { select_k(nullptr, 0, 0, fp32, nullptr, cuda); }),
             expected("select_k"));
   EXPECT_EQ(config_error([&] { hash_buckets(nullptr, 0, 0, 1, nullptr, cuda); }),
             expected("hash_buckets"));
+  EXPECT_EQ(config_error([&] {
+              ragged_offsets({0, 1}, fp32, nullptr, &number, cuda);
+            }),
+            expected("ragged_offsets"));
+  EXPECT_EQ(config_error([&] {
+              ragged_rows({0, 1}, fp32, nullptr, &number, {}, cuda);
+            }),
+            expected("ragged_rows"));
+  EXPECT_EQ(config_error([&] {
+              ragged_to_dense({0, 1}, fp32, &number, nullptr, nullptr, nullptr, cuda);
+            }),
+            expected("ragged_to_dense"));
+  EXPECT_EQ(config_error([&] { invert_order(nullptr, 0, nullptr, cuda); }),
+            expected("invert_order"));
+  EXPECT_EQ(config_error([&] { row_of_sorted(&number, 1, &number, 1, 0, &number, cuda); }),
+            expected("row_of_sorted"));
+  EXPECT_EQ(config_error([&] { expert_ends(nullptr, 0, nullptr, cuda); }), expected("expert_ends"));
+  EXPECT_EQ(config_error([&] { sum_by_expert(nullptr, 0, 1, &offset, 1, &number, fp32, cuda); }),
+            expected("sum_by_expert"));
   EXPECT_EQ(config_error([&] { route({0, 1, 1}, {}, fp32, {}, {}, cuda); }), expected("route"));
   EXPECT_EQ(config_error([&] {
               route_backward({0, 1, 1}, {}, fp32, {}, {}, nullptr, cuda);

@@ -148,11 +148,6 @@ TEST(Ragged, Errors) {
             "[ragged_offsets] weights=null but 4 elements are needed; pass a buffer");
   EXPECT_EQ(offsets_error({2, 2}, DType::kFloat32, table.data(), nullptr),
             "[ragged_offsets] token_offsets=null but 3 elements are needed; pass a buffer");
-  EXPECT_EQ(config_error([&] {
-              ragged_offsets({2, 2}, DType::kFloat32, table.data(), offsets.data(),
-                             {Device::kCuda, nullptr});
-            }),
-            "[ragged_offsets] device=cuda is not in this build; configure with -DPERSEID_CUDA=ON");
   offsets = {0, 2, 4};
   EXPECT_EQ(config_error([&] {
               std::vector<float> dense(4);
