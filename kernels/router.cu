@@ -1,8 +1,11 @@
 // route in float32 with K <= 16 and E <= 1024, ids and softmax weights alone: the K largest logits
-// of each row and the softmax over them. A warp holds one row of more than 16 logits, or 32 / E
-// shorter ones, see kernels/router_select.cuh; lane k of a row ends with its choice k. No shared
-// memory, no barrier. Reads T*E*4 B, writes T*K*8 B. Arithmetic in float32. Deterministic. The
-// other cases are in router_sums.cu and router_generic.cu.
+// of each row and the softmax over them. A warp has 32 / kWidth rows, with up to 16 logits in a
+// lane, see kernels/router_select.cuh; lane k of a row ends with its choice k. No shared memory, no
+// barrier. Reads T*E*4 B, and what it looks up again from the first-level cache; writes T*K*8 B.
+// Arithmetic in float32. Deterministic. At E = 256 and K = 8 two tokens take 512 instructions in 32
+// registers. One token a warp with its logits in registers takes 352; four take 720, but their
+// accesses use 16 bytes of a line each. The other cases are in router_sums.cu and
+// router_generic.cu.
 #include "kernels/cuda_launchers.h"
 #include "kernels/router_job.cuh"
 #include "kernels/router_math.h"

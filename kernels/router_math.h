@@ -86,11 +86,12 @@ PERSEID_INLINE T choice_term(ScoreFunction score_function, bool normalize, T z, 
   return score_of(score_function, z);
 }
 
-/// log of the sum of the e^z, from their maximum and the sum of softmax_term.
+/// log of the sum of the e^z, from their maximum and the sum of softmax_term, which is 1 or more.
 template <typename T>
 PERSEID_INLINE double log_sum_exp_of(T max, T sum) {
+  if (is_nan(sum)) return static_cast<double>(sum);
   const auto shift = static_cast<double>(max);
-  return is_infinite(max) && !is_nan(sum) ? shift : shift + std::log(static_cast<double>(sum));
+  return is_infinite(max) ? shift : shift + static_cast<double>(log_of(sum));
 }
 
 /// Slope of a choice's score at its logit; that of the softmax's term where its maximum stays.
