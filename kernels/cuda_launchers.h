@@ -1,5 +1,6 @@
 #pragma once
 #include "kernels/assignment.h"
+#include "kernels/dselect_k.h"
 #include "kernels/permute.h"
 #include "kernels/random_element.h"
 #include "kernels/sinkhorn.h"
@@ -16,6 +17,12 @@ void permute(const void* rows, const int32_t* row_of, void* out, int64_t num_out
              const Stream& stream);
 void unpermute(const void* rows, const int32_t* row_of, void* out, int64_t num_rows,
                int64_t row_bytes, const Stream& stream);
+
+void dselect_k(const DSelectKShape& shape, const DSelectKOptions& options, DType dtype,
+               const DSelectKInput& input, const DSelectKOutput& output, const Stream& stream);
+void dselect_k_backward(const DSelectKShape& shape, const DSelectKOptions& options, DType dtype,
+                        const DSelectKInput& input, const DSelectKGradInput& grad,
+                        void* grad_logits, const Stream& stream);
 
 void fill_uniform(void* out, int64_t count, DType dtype, const UniformRange& range, RandomKey key,
                   const Stream& stream);
