@@ -1,5 +1,6 @@
 #pragma once
 #include "kernels/assignment.h"
+#include "kernels/comet.h"
 #include "kernels/dselect_k.h"
 #include "kernels/permute.h"
 #include "kernels/random_element.h"
@@ -17,6 +18,12 @@ void permute(const void* rows, const int32_t* row_of, void* out, int64_t num_out
              const Stream& stream);
 void unpermute(const void* rows, const int32_t* row_of, void* out, int64_t num_rows,
                int64_t row_bytes, const Stream& stream);
+
+void comet(const CometShape& shape, const CometOptions& options, DType dtype,
+           const CometInput& input, const CometOutput& output, const Stream& stream);
+void comet_backward(const CometShape& shape, const CometOptions& options, DType dtype,
+                    const CometInput& input, const CometGradInput& grad, void* grad_split_logits,
+                    void* grad_leaf_logits, const Stream& stream);
 
 void dselect_k(const DSelectKShape& shape, const DSelectKOptions& options, DType dtype,
                const DSelectKInput& input, const DSelectKOutput& output, const Stream& stream);
