@@ -72,6 +72,7 @@ struct Forward {
     const T* const a = call.leaves_of(t) + i * E;
     T* const node = call.tree(nodes, i);
     const int largest = call.is_hard ? call.largest_leaf(node) : 0;
+    PERSEID_ROLLED
     for (int l = TokenWarp::lane(); l < E; l += kWarpSize) {
       T& at = node[call.leaf_node(l)];
       T v = without_subnormal(at);
@@ -92,6 +93,7 @@ struct Forward {
       return leaf_factor(v, a[i * E + l], max) * v;
     };
     T total = 0;
+    PERSEID_ROLLED
     for (int m = TokenWarp::lane(); m < E; m += kWarpSize) {
       T sum = 0;
       if (chain == nullptr) {
@@ -111,6 +113,7 @@ struct Forward {
   __device__ __forceinline__ double write_weights(T divisor, T* nodes, T* row) const {
     const T* const table = call.tree(nodes, call.num_trees);
     double removed = 0;
+    PERSEID_ROLLED
     for (int m = TokenWarp::lane(); m < call.num_experts; m += kWarpSize) {
       const T g = table[m] / divisor;
       const bool is_removed = g < call.min_weight;

@@ -38,6 +38,7 @@ struct Backward {
       mean = read_gradients(t, call.tree(nodes, call.num_trees));
       softmax = join_leaves(t, nodes);
     }
+    PERSEID_ROLLED
     for (int i = 0; i < call.num_trees; ++i) grade_leaves(t, i, softmax, mean, nodes);
     TokenWarp::sync();
     grade_splits(t, nodes);
@@ -48,6 +49,7 @@ struct Backward {
     const T* const g = weights + t * call.num_experts;
     const T* const upstream = grad_weights + t * call.num_experts;
     T mean = 0;
+    PERSEID_ROLLED
     for (int m = TokenWarp::lane(); m < call.num_experts; m += kWarpSize) {
       grad[m] = g[m] > T{0} ? upstream[m] : T{0};
       mean += g[m] * grad[m];
@@ -61,6 +63,7 @@ struct Backward {
   __device__ __forceinline__ void for_each_leaf(int i, T* nodes, const Body& body) const {
     const T* const node = call.tree(nodes, i);
     const int largest = call.is_hard && grad_weights != nullptr ? call.largest_leaf(node) : 0;
+    PERSEID_ROLLED
     for (int l = TokenWarp::lane(); l < call.num_experts; l += kWarpSize) {
       const T soft = without_subnormal(node[call.leaf_node(l)]);
       body(l, soft, !call.is_hard ? soft : l == largest ? T{1} : T{0});
@@ -69,11 +72,13 @@ struct Backward {
 
   __device__ __forceinline__ Softmax<T> join_leaves(int64_t t, T* nodes) const {
     T max = -std::numeric_limits<T>::infinity(), sum = 0;
+    PERSEID_ROLLED
     for (int i = 0; i < call.num_trees; ++i) {
       const T* const a = call.leaves_of(t) + i * call.num_experts;
       for_each_leaf(i, nodes, [&](int l, T, T v) { max = v > T{0} && a[l] > max ? a[l] : max; });
     }
     max = TokenWarp::max(max);
+    PERSEID_ROLLED
     for (int i = 0; i < call.num_trees; ++i) {
       const T* const a = call.leaves_of(t) + i * call.num_experts;
       for_each_leaf(i, nodes, [&](int l, T, T v) { sum += leaf_factor(v, a[l], max) * v; });

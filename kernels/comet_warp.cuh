@@ -77,6 +77,7 @@ struct CometCall {
   template <typename Body>
   __device__ __forceinline__ void for_each_node(int level, const Body& body) const {
     const int width = 1 << level;  // the lowest level may have fewer
+    PERSEID_ROLLED
     for (int n = TokenWarp::lane(); n < num_trees << level; n += kWarpSize) {
       const int q = width - 1 + (n & (width - 1));
       if (q < num_experts - 1) body(n >> level, q);

@@ -11,6 +11,13 @@
 // 64 tokens, as the CPU does, and adds up what they give in their order; a second kernel adds up
 // the blocks in a fixed order. No atomics: same bits each time, whatever the GPU.
 
+/// Before a loop whose body is long: unrolled it takes registers, of which other warps make more.
+#if defined(__CUDACC__)
+#define PERSEID_ROLLED _Pragma("unroll 1")
+#else
+#define PERSEID_ROLLED
+#endif
+
 namespace perseid::kernels {
 
 /// A warp's collectives; every lane calls them and gets the result. Sums in a fixed order.
@@ -95,10 +102,16 @@ struct TokenJob {
   double* block_sums;  ///< [kNumTokenSums, blocks of tokens] or null
 };
 
+/// Blocks of one SM at least, which bounds the registers: 4 leave 64 for each thread, 2 leave 128.
+template <typename T, bool kIsOutside>
+inline constexpr int kBlocksPerSm = sizeof(T) == 4 && !kIsOutside ? 4 : 2;
+
 /// Calls gate(t, memory) for every token t by one warp each, with room for `elements` values.
-/// Registers: 128. Shared: 44032 B, or 3072 B with memory outside.
+/// Registers: 128; 64 for float32 with memory inside. Shared: 44032 B, or 3072 B.
 template <typename Gate, bool kIsOutside>
-__global__ void __launch_bounds__(kTokenThreadsMax, 2) token_kernel(Gate gate, TokenJob job) {
+__global__ void __launch_bounds__(kTokenThreadsMax,
+                                  kBlocksPerSm<typename Gate::Element, kIsOutside>)
+    token_kernel(Gate gate, TokenJob job) {
   using T = typename Gate::Element;
   constexpr int kElements = kIsOutside ? 1 : kTokenBytes / static_cast<int>(sizeof(T));
   __shared__ T inside[kElements];
