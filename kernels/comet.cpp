@@ -11,6 +11,7 @@
 
 #include "kernels/checks.h"
 #include "kernels/comet_trees.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/parallel.h"
 
 namespace perseid::kernels {
@@ -206,8 +207,10 @@ int64_t blocks_per_thread(const CometShape& shape) {
 
 void comet(const CometShape& shape, const CometOptions& options, DType dtype,
            const CometInput& input, const CometOutput& output, Stream stream) {
-  require_device(stream, "comet");
   check_comet("comet", shape, options, input);
+  if (stream.device == Device::kCuda) {
+    return cuda::comet(shape, options, dtype, input, output, stream);
+  }
   const int64_t num_blocks = ceil_div(shape.num_tokens, kTokensPerBlock);
   std::vector<BlockSums> blocks(static_cast<size_t>(num_blocks));
   dispatch_float_dtype(dtype, "comet", [&](auto tag) {
@@ -242,9 +245,12 @@ void comet_backward(const CometShape& shape, const CometOptions& options, DType 
                     const CometInput& input, const CometGradInput& grad, void* grad_split_logits,
                     void* grad_leaf_logits, Stream stream) {
   constexpr const char* kOperation = "comet_backward";
-  require_device(stream, kOperation);
   check_comet(kOperation, shape, options, input);
   check_comet_grad(kOperation, shape, grad, grad_split_logits, grad_leaf_logits);
+  if (stream.device == Device::kCuda) {
+    return cuda::comet_backward(shape, options, dtype, input, grad, grad_split_logits,
+                                grad_leaf_logits, stream);
+  }
   dispatch_float_dtype(dtype, kOperation, [&](auto tag) {
     using T = decltype(tag);
     const CometJob<T> job = make_job<T>(shape, options, input);

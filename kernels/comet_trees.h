@@ -114,12 +114,10 @@ PERSEID_INLINE NodeCounts reach_leaves(CometScratch<T>& scratch) {
     T* const v = scratch.leaf_reach.data() + i * E;
     const T* const lowest = reach + (2 * E - 1 - scratch.num_lowest);
 #pragma omp simd
-    for (int64_t l = 0; l < scratch.num_lowest; ++l)
-      v[l] = lowest[l] < kSmallest ? T{0} : lowest[l];
+    for (int64_t l = 0; l < scratch.num_lowest; ++l) v[l] = without_subnormal(lowest[l]);
 #pragma omp simd
     for (int64_t l = scratch.num_lowest; l < E; ++l) {
-      const T value = reach[E - 1 + l - scratch.num_lowest];
-      v[l] = value < kSmallest ? T{0} : value;
+      v[l] = without_subnormal(reach[E - 1 + l - scratch.num_lowest]);
     }
   }
   return {num_reached, num_saturated};
@@ -161,7 +159,7 @@ PERSEID_INLINE Softmax<T> merge_leaves(const T* leaf_logits, const int32_t* expe
 #pragma omp simd
   for (int64_t i = 0; i < scratch.num_leaves; ++i) {
     const T a = leaf_logits[i];
-    const T power = a == max ? T{1} : exp_of(a - max);  // inf - inf is not used
+    const T power = share_of_max(a, max);
     factor[i] = v[i] > T{0} ? power : T{0};
   }
   std::fill_n(merged, E, T{0});

@@ -2,6 +2,8 @@
 #include "kernels/activation.h"
 #include "kernels/assignment.h"
 #include "kernels/combine.h"
+#include "kernels/comet.h"
+#include "kernels/dselect_k.h"
 #include "kernels/hash.h"
 #include "kernels/permute.h"
 #include "kernels/plan.h"
@@ -45,6 +47,18 @@ void route(const RouterShape& shape, const RouterOptions& options, DType dtype,
 void route_backward(const RouterShape& shape, const RouterOptions& options, DType dtype,
                     const RouterInput& input, const RouterGradInput& grad, void* grad_logits,
                     const Stream& stream);
+
+void comet(const CometShape& shape, const CometOptions& options, DType dtype,
+           const CometInput& input, const CometOutput& output, const Stream& stream);
+void comet_backward(const CometShape& shape, const CometOptions& options, DType dtype,
+                    const CometInput& input, const CometGradInput& grad, void* grad_split_logits,
+                    void* grad_leaf_logits, const Stream& stream);
+
+void dselect_k(const DSelectKShape& shape, const DSelectKOptions& options, DType dtype,
+               const DSelectKInput& input, const DSelectKOutput& output, const Stream& stream);
+void dselect_k_backward(const DSelectKShape& shape, const DSelectKOptions& options, DType dtype,
+                        const DSelectKInput& input, const DSelectKGradInput& grad,
+                        void* grad_logits, const Stream& stream);
 
 void fill_uniform(void* out, int64_t count, DType dtype, const UniformRange& range, RandomKey key,
                   const Stream& stream);

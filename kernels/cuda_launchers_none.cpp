@@ -38,6 +38,22 @@ void permute(const void*, const int32_t*, void*, int64_t, int64_t, const Stream&
 void unpermute(const void*, const int32_t*, void*, int64_t, int64_t, const Stream&) {
   refuse("unpermute");
 }
+void comet(const CometShape&, const CometOptions&, DType, const CometInput&, const CometOutput&,
+           const Stream&) {
+  refuse("comet");
+}
+void comet_backward(const CometShape&, const CometOptions&, DType, const CometInput&,
+                    const CometGradInput&, void*, void*, const Stream&) {
+  refuse("comet_backward");
+}
+void dselect_k(const DSelectKShape&, const DSelectKOptions&, DType, const DSelectKInput&,
+               const DSelectKOutput&, const Stream&) {
+  refuse("dselect_k");
+}
+void dselect_k_backward(const DSelectKShape&, const DSelectKOptions&, DType, const DSelectKInput&,
+                        const DSelectKGradInput&, void*, const Stream&) {
+  refuse("dselect_k_backward");
+}
 void fill_uniform(void*, int64_t, DType, const UniformRange&, RandomKey, const Stream&) {
   refuse("fill_uniform");
 }

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels/checks.h"
+#include "kernels/cuda_launchers.h"
 #include "kernels/dselect_k_token.h"
 #include "kernels/parallel.h"
 
@@ -253,8 +254,10 @@ void write_sums(const std::vector<BlockSums>& blocks, const DSelectKOutput& outp
 
 void dselect_k(const DSelectKShape& shape, const DSelectKOptions& options, DType dtype,
                const DSelectKInput& input, const DSelectKOutput& output, Stream stream) {
-  require_device(stream, "dselect_k");
   check_dselect_k("dselect_k", shape, options, input);
+  if (stream.device == Device::kCuda) {
+    return cuda::dselect_k(shape, options, dtype, input, output, stream);
+  }
   const int64_t num_blocks = ceil_div(shape.num_tokens, kTokensPerBlock);
   std::vector<BlockSums> blocks(static_cast<size_t>(num_blocks));
   dispatch_float_dtype(dtype, "dselect_k", [&](auto tag) {
@@ -277,9 +280,11 @@ void dselect_k_backward(const DSelectKShape& shape, const DSelectKOptions& optio
                         const DSelectKInput& input, const DSelectKGradInput& grad,
                         void* grad_logits, Stream stream) {
   constexpr const char* kOperation = "dselect_k_backward";
-  require_device(stream, kOperation);
   check_dselect_k(kOperation, shape, options, input);
   check_dselect_k_grad(kOperation, shape, grad, grad_logits);
+  if (stream.device == Device::kCuda) {
+    return cuda::dselect_k_backward(shape, options, dtype, input, grad, grad_logits, stream);
+  }
   dispatch_float_dtype(dtype, kOperation, [&](auto tag) {
     using T = decltype(tag);
     const DSelectKJob<T> job = make_job<T>(shape, options, input);

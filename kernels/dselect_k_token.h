@@ -90,7 +90,6 @@ PERSEID_INLINE SelectorFacts read_selectors(const T* logits, T gamma, DSelectKSc
 /// mass on the experts.
 template <typename T>
 PERSEID_INLINE void reach_experts(DSelectKScratch<T>& scratch) {
-  constexpr T kSmallest = std::numeric_limits<T>::min();
   const int64_t E = scratch.num_experts, bits = scratch.num_bits;
   for (int64_t i = 0; i < scratch.num_selectors; ++i) {
     T* const products = scratch.products.data() + 2 * i * scratch.num_codes;
@@ -111,7 +110,7 @@ PERSEID_INLINE void reach_experts(DSelectKScratch<T>& scratch) {
     T mass = 0;
 #pragma omp simd reduction(+ : mass)
     for (int64_t j = 0; j < E; ++j) {
-      r[j] = r[j] < kSmallest ? T{0} : r[j];
+      r[j] = without_subnormal(r[j]);
       mass += r[j];
     }
     scratch.mass[i] = mass;
@@ -125,7 +124,7 @@ PERSEID_INLINE bool share_selectors(const T* omega, DSelectKScratch<T>& scratch)
   const T max = *std::max_element(omega, omega + K);
   T sum = 0;
   for (int64_t i = 0; i < K; ++i) {
-    scratch.alpha[i] = omega[i] == max ? T{1} : exp_of(omega[i] - max);  // inf - inf is not used
+    scratch.alpha[i] = share_of_max(omega[i], max);
     sum += scratch.alpha[i];
   }
   for (int64_t i = 0; i < K; ++i) scratch.alpha[i] /= sum;

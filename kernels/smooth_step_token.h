@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <limits>
 
 #include "kernels/math.h"
 #include "kernels/simd.h"
@@ -10,6 +11,19 @@ namespace perseid::kernels {
 
 /// Keeps the logarithm of the entropy finite.
 inline constexpr double kEntropyEpsilon = 1e-6;
+
+/// A product of shares, 0 below the smallest normal number.
+template <typename T>
+PERSEID_INLINE T without_subnormal(T reach) {
+  return reach < std::numeric_limits<T>::min() ? T{0} : reach;
+}
+
+/// e^(logit - max), of which the sum over a softmax's terms is at least 1. Logits may be infinite:
+/// inf - inf is not used.
+template <typename T>
+PERSEID_INLINE T share_of_max(T logit, T max) {
+  return logit == max ? T{1} : exp_of(logit - max);
+}
 
 /// Sum of -v log(v + epsilon).
 template <typename T>

@@ -369,10 +369,6 @@ TEST(Comet, Errors) {
   const auto at = random_comet<float>(2, 4, 2);
   EXPECT_EQ(config_error([&] { comet(at.shape, at.options, DType::kBFloat16, at.input(), {}); }),
             "[comet] dtype=bf16 is not supported; choose fp32 or fp64");
-  EXPECT_EQ(config_error([&] {
-              comet(at.shape, at.options, DType::kFloat32, at.input(), {}, {Device::kCuda});
-            }),
-            "[comet] device=cuda is not in this build; configure with -DPERSEID_CUDA=ON");
 }
 
 }  // namespace

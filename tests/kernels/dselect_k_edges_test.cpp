@@ -145,10 +145,6 @@ TEST(DSelectKEdges, Errors) {
   EXPECT_EQ(
       config_error([&] { dselect_k(at.shape, at.options, DType::kBFloat16, at.input(), {}); }),
       "[dselect_k] dtype=bf16 is not supported; choose fp32 or fp64");
-  EXPECT_EQ(config_error([&] {
-              dselect_k(at.shape, at.options, DType::kFloat32, at.input(), {}, {Device::kCuda});
-            }),
-            "[dselect_k] device=cuda is not in this build; configure with -DPERSEID_CUDA=ON");
 }
 
 }  // namespace

@@ -375,12 +375,6 @@ TEST(StatisticalTopK, Errors) {
                                 buffer.data(), nullptr);
             }),
             "[statistical_top_k] dtype=bf16 is not supported; choose fp32 or fp64");
-  EXPECT_EQ(config_error([&] {
-              statistical_top_k(at.shape, {}, DType::kFloat32, buffer.data(), nullptr,
-                                buffer.data(), nullptr, {Device::kCuda});
-            }),
-            "[statistical_top_k] device=cuda is not in this build; configure with "
-            "-DPERSEID_CUDA=ON");
   const char* const names[] = {"scores", "weights", "grad_weights", "grad_scores"};
   for (size_t missing = 0; missing < 4; ++missing) {
     float* pointers[] = {buffer.data(), buffer.data(), buffer.data(), buffer.data()};
