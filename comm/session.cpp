@@ -215,7 +215,7 @@ int run_chosen(const SessionOptions& options, const std::function<void(const Gro
     case Transport::kMpi:
       return run_processes(body);
     default:
-      nccl_group();
+      require_nccl();
   }
   return 0;
 }
