@@ -3,7 +3,6 @@
 #include <mpi.h>
 
 #include <cstdlib>
-#include <optional>
 #include <string>
 
 #include "comm/nccl_group.h"
@@ -15,8 +14,8 @@ namespace {
 
 // One communicator for all tests: each costs seconds where ranks share a GPU.
 const comm::Group& world() {
-  static std::optional<comm::Group> group;
-  if (group.has_value()) return *group;
+  static const comm::Group* group = nullptr;  // never destroyed: CUDA and MPI may have ended before
+  if (group != nullptr) return *group;
   const comm::Group control = comm::mpi_group();
   if (control.size() > kernels::device_count()) {
     ::setenv("NCCL_HOSTID", ("perseid-rank-" + std::to_string(control.rank())).c_str(), 1);
@@ -25,7 +24,8 @@ const comm::Group& world() {
   }
   kernels::set_device(control.rank() % kernels::device_count());
   control.set_timeout_ms(60000);
-  return group.emplace(comm::nccl_group(control));
+  group = new comm::Group(comm::nccl_group(control));
+  return *group;
 }
 
 }  // namespace

@@ -65,7 +65,7 @@ void expect_refused(const SessionOptions& options, const std::vector<std::string
 }
 
 TEST(Session, Words) {
-  expect_refused(with("tcp"), {"comm=tcp", "--comm auto, self, local, mpi or nccl"});
+  expect_refused(with("ftp"), {"comm=ftp", "--comm auto, self, local, mpi, tcp or nccl"});
   if (kernels::device_count() == 0) {
     expect_refused(with("nccl"), {comm::has_nccl() ? "[nccl_group] device=none can be used: "
                                                    : "[nccl_group] built without NCCL; "});
@@ -83,7 +83,8 @@ TEST(Session, NoTransport) {
   ::setenv("WORLD_SIZE", "2", 1);
   SessionOptions options;
   options.launcher = "torchrun";
-  expect_refused(options, {"comm=auto", "2 CPU ranks of torchrun", "mpirun", "--comm local"});
+  expect_refused(options,
+                 {"comm=auto", "2 CPU ranks of torchrun", "mpirun", "--comm local", "--comm tcp"});
   options.comm = "local";
   EXPECT_EQ(run(options, [](const Group&) {}).status, 0);
   ::unsetenv("RANK");
