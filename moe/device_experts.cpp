@@ -7,8 +7,8 @@
 
 #include "gates/device.h"
 #include "kernels/activation.h"
-#include "kernels/combine.h"
 #include "kernels/permute.h"
+#include "kernels/plan.h"
 #include "moe/grouped_gemm.h"
 #include "moe/grouped_rows.h"
 #include "moe/tensor_types.h"
@@ -37,10 +37,10 @@ Tensor by_place(const Tensor& by_expert, const LocalPlan& plan) {
 Tensor sum_by_expert(const Tensor& sorted, const LocalPlan& plan) {
   const int64_t num_experts = plan.num_local_experts(), width = sorted.size(1);
   Tensor out = at::empty({num_experts, width}, sorted.options());
-  const Tensor offsets = plan.device_offsets.to(at::kInt);
-  kernels::combine(data_of(sorted), {int32_data(offsets), 0, nullptr}, nullptr, 1,
-                   mutable_data_of(out), num_experts, width, dtype_of(sorted, "experts"),
-                   gates::stream_of(sorted, "experts"));
+  kernels::sum_by_expert(data_of(sorted), sorted.size(0), width,
+                         plan.device_offsets.const_data_ptr<int64_t>(), num_experts,
+                         mutable_data_of(out), dtype_of(sorted, "experts"),
+                         gates::stream_of(sorted, "experts"));
   return out;
 }
 

@@ -1,8 +1,6 @@
 // The experts' side of a plan, which needs no other rank.
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -10,7 +8,7 @@
 
 #include "gates/device.h"
 #include "kernels/error.h"
-#include "kernels/permute.h"
+#include "kernels/plan.h"
 #include "kernels/sort.h"
 #include "moe/routing_plan.h"
 #include "moe/tensor_types.h"
@@ -19,25 +17,6 @@ namespace perseid {
 namespace {
 
 constexpr const char* kOperation = "local_plan";
-
-/// The place of each assignment on a GPU: the inverse of a permutation is its transpose.
-at::Tensor device_inverse(const at::Tensor& order) {
-  const at::Tensor places = at::arange(order.size(0), order.options());
-  at::Tensor out = at::empty_like(order);
-  kernels::unpermute(data_of(places), int32_data(order), mutable_data_of(out), order.size(0),
-                     order.element_size(), gates::stream_of(order, kOperation));
-  return out;
-}
-
-/// The row of each sorted place on a GPU.
-at::Tensor device_rows(const LocalPlan& plan) {
-  if (!plan.row_offsets.defined()) return plan.order.div(plan.fixed, "floor");
-  const at::Tensor lengths =
-      plan.row_offsets.slice(0, 1).sub(plan.row_offsets.slice(0, 0, -1)).to(at::kLong);
-  return at::repeat_interleave(lengths, plan.num_assignments)
-      .to(at::kInt)
-      .index_select(0, plan.order);
-}
 
 }  // namespace
 
@@ -54,34 +33,26 @@ std::vector<int64_t> LocalPlan::host_offsets() const {
   return {data, data + offsets.size(0)};
 }
 
-at::Tensor LocalPlan::expert_ends() const { return device_offsets.slice(0, 1).to(at::kInt); }
+at::Tensor LocalPlan::expert_ends() const {
+  at::Tensor ends = at::empty({num_local_experts()}, device_offsets.options().dtype(at::kInt));
+  kernels::expert_ends(device_offsets.const_data_ptr<int64_t>(), num_local_experts(),
+                       ends.mutable_data_ptr<int32_t>(),
+                       gates::stream_of(device_offsets, kOperation));
+  return ends;
+}
 
 at::Tensor LocalPlan::place_of_assignment() const {
-  if (gates::is_on_device(order)) return device_inverse(order);
-  at::Tensor places = at::empty({num_assignments}, at::kInt);
-  int32_t* out = places.mutable_data_ptr<int32_t>();
-  const int32_t* sorted = int32_data(order);
-  for (int64_t r = 0; r < num_assignments; ++r) out[sorted[r]] = static_cast<int32_t>(r);
+  at::Tensor places = at::empty({num_assignments}, order.options());
+  kernels::invert_order(int32_data(order), num_assignments, places.mutable_data_ptr<int32_t>(),
+                        gates::stream_of(order, kOperation));
   return places;
 }
 
 at::Tensor LocalPlan::row_of_sorted() const {
-  if (gates::is_on_device(order)) return device_rows(*this);
-  at::Tensor rows = at::empty({num_assignments}, at::kInt);
-  int32_t* out = rows.mutable_data_ptr<int32_t>();
-  const int32_t* sorted = int32_data(order);
-  if (!row_offsets.defined()) {
-    const int32_t per_row = static_cast<int32_t>(fixed);
-    for (int64_t r = 0; r < num_assignments; ++r) out[r] = sorted[r] / per_row;
-    return rows;
-  }
-  std::vector<int32_t> row_of(static_cast<size_t>(num_assignments));
-  const int32_t* offsets = int32_data(row_offsets);
-  for (int64_t n = 0; n < num_rows; ++n) {
-    std::fill(row_of.begin() + offsets[n], row_of.begin() + offsets[n + 1],
-              static_cast<int32_t>(n));
-  }
-  for (int64_t r = 0; r < num_assignments; ++r) out[r] = row_of[static_cast<size_t>(sorted[r])];
+  at::Tensor rows = at::empty({num_assignments}, order.options());
+  kernels::row_of_sorted(int32_data(order), num_assignments, int32_data(row_offsets), num_rows,
+                         fixed, rows.mutable_data_ptr<int32_t>(),
+                         gates::stream_of(order, kOperation));
   return rows;
 }
 
