@@ -5,6 +5,8 @@
 #include <ATen/ops/mul.h>
 #include <ATen/ops/repeat_interleave.h>
 
+#include <optional>
+
 #include "gates/device.h"
 #include "kernels/activation.h"
 #include "kernels/permute.h"
@@ -30,7 +32,8 @@ Tensor gathered(const Tensor& rows, const LocalPlan& plan) {
 /// [R, width] the row of each sorted place's expert.
 Tensor by_place(const Tensor& by_expert, const LocalPlan& plan) {
   const Tensor counts = plan.device_offsets.slice(0, 1).sub(plan.device_offsets.slice(0, 0, -1));
-  return by_expert.index_select(0, at::repeat_interleave(counts, plan.num_assignments));
+  const std::optional<int64_t> num_places = plan.num_assignments;  // known: no wait for the sum
+  return by_expert.index_select(0, at::repeat_interleave(counts, num_places));
 }
 
 /// [L, width] sums over the rows of each expert, in their order.
