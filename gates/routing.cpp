@@ -67,31 +67,6 @@ void require_weights(const Routing& routing, const char* operation) {
           "is not float32 or float64 [A=" + to_text(A) + "]");
 }
 
-void require_row_shapes(const Routing& routing, int64_t num_experts, const char* operation) {
-  const int64_t T = routing.num_tokens;
-  require(num_experts >= 1 && num_experts <= std::numeric_limits<int32_t>::max(), operation,
-          "num_experts", num_experts, "is outside [1, 2147483647]");
-  require(T >= 0 && T <= std::numeric_limits<int32_t>::max(), operation, "num_tokens", T,
-          "is outside [0, 2147483647]");
-  require(is_vector(routing.expert_idx) && routing.expert_idx.scalar_type() == at::kInt, operation,
-          "expert_idx", describe(routing.expert_idx), "is not int32 [A]");
-  const int64_t A = routing.num_assignments();
-  require(routing.top_k >= 0 && routing.top_k <= num_experts, operation, "top_k", routing.top_k,
-          "is outside [0, num_experts=" + to_text(num_experts) + "]");
-  if (routing.top_k > 0) {
-    require(!routing.token_offsets.defined(), operation, "token_offsets",
-            describe(routing.token_offsets),
-            "is defined with top_k=" + to_text(routing.top_k) + "; leave one of them out");
-    require(A == T * routing.top_k, operation, "expert_idx", describe(routing.expert_idx),
-            "is not num_tokens * top_k = " + to_text(T * routing.top_k) + " long");
-  } else {
-    require(is_vector(routing.token_offsets) && routing.token_offsets.scalar_type() == at::kInt &&
-                routing.token_offsets.size(0) == T + 1,
-            operation, "token_offsets", describe(routing.token_offsets),
-            "is not int32 [num_tokens + 1 = " + to_text(T + 1) + "]");
-  }
-}
-
 }  // namespace
 
 Routing routing_from_table(const Tensor& expert_idx, const Tensor& weights, int64_t num_experts) {
@@ -210,8 +185,33 @@ Tensor dense_weights(const Routing& routing, int64_t num_experts) {
       .view({routing.num_tokens, num_experts});
 }
 
+void validate_row_shapes(const Routing& routing, int64_t num_experts, const char* operation) {
+  const int64_t T = routing.num_tokens;
+  require(num_experts >= 1 && num_experts <= std::numeric_limits<int32_t>::max(), operation,
+          "num_experts", num_experts, "is outside [1, 2147483647]");
+  require(T >= 0 && T <= std::numeric_limits<int32_t>::max(), operation, "num_tokens", T,
+          "is outside [0, 2147483647]");
+  require(is_vector(routing.expert_idx) && routing.expert_idx.scalar_type() == at::kInt, operation,
+          "expert_idx", describe(routing.expert_idx), "is not int32 [A]");
+  const int64_t A = routing.num_assignments();
+  require(routing.top_k >= 0 && routing.top_k <= num_experts, operation, "top_k", routing.top_k,
+          "is outside [0, num_experts=" + to_text(num_experts) + "]");
+  if (routing.top_k > 0) {
+    require(!routing.token_offsets.defined(), operation, "token_offsets",
+            describe(routing.token_offsets),
+            "is defined with top_k=" + to_text(routing.top_k) + "; leave one of them out");
+    require(A == T * routing.top_k, operation, "expert_idx", describe(routing.expert_idx),
+            "is not num_tokens * top_k = " + to_text(T * routing.top_k) + " long");
+  } else {
+    require(is_vector(routing.token_offsets) && routing.token_offsets.scalar_type() == at::kInt &&
+                routing.token_offsets.size(0) == T + 1,
+            operation, "token_offsets", describe(routing.token_offsets),
+            "is not int32 [num_tokens + 1 = " + to_text(T + 1) + "]");
+  }
+}
+
 void validate_shapes(const Routing& routing, int64_t num_experts, const char* operation) {
-  require_row_shapes(routing, num_experts, operation);
+  validate_row_shapes(routing, num_experts, operation);
   require_weights(routing, operation);
 }
 
@@ -229,7 +229,7 @@ void validate_without_wait(const Routing& routing, int64_t num_experts, const ch
 }
 
 void validate_rows(const Routing& routing, int64_t num_experts, const char* operation) {
-  require_row_shapes(routing, num_experts, operation);
+  validate_row_shapes(routing, num_experts, operation);
   const int64_t T = routing.num_tokens, A = routing.num_assignments();
   const std::vector<Tensor> host =
       to_host({explicit_offsets(routing).contiguous(), routing.expert_idx.contiguous()});

@@ -59,5 +59,7 @@ void validate_shapes(const Routing& routing, int64_t num_experts, const char* op
 void validate_without_wait(const Routing& routing, int64_t num_experts, const char* operation);
 /// The part of it that is about rows and ids, not about weights: these may be undefined.
 void validate_rows(const Routing& routing, int64_t num_experts, const char* operation);
+/// What is left of that without reading data.
+void validate_row_shapes(const Routing& routing, int64_t num_experts, const char* operation);
 
 }  // namespace perseid::gates

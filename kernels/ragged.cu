@@ -50,7 +50,7 @@ PERSEID_INLINE int64_t read_lengths(const int32_t* lengths, int64_t first, int64
   return sum;
 }
 
-/// Registers: 32.
+/// Registers: 32. Shared: 80.
 __global__ void __launch_bounds__(kScanThreads)
     sum_tiles_kernel(const int32_t* __restrict__ lengths, int64_t num_tokens,
                      int64_t* __restrict__ tile_sums) {
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kScanThreads)
   if (threadIdx.x == 0) tile_sums[blockIdx.x] = sum;
 }
 
-/// Registers: 32. One block: each sum becomes that of the tiles before; `total` that of all.
+/// Registers: 32. Shared: 2336. One block: each sum becomes that of the tiles before; `total` that
+/// of all.
 __global__ void __launch_bounds__(kScanThreads)
     scan_tiles_kernel(int64_t* __restrict__ tile_sums, int64_t num_tiles,
                       int64_t* __restrict__ total) {
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kScanThreads)
   if (threadIdx.x == 0) *total = before;
 }
 
-/// Registers: 40. Lengths at token_offsets + 1 become offsets where they are.
+/// Registers: 40. Shared: 2336. Lengths at token_offsets + 1 become offsets where they are.
 __global__ void __launch_bounds__(kScanThreads)
     write_offsets_kernel(const int64_t* __restrict__ tile_sums, int64_t num_tokens,
                          int32_t* token_offsets) {

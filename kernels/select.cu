@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// Registers: 48. One block. A thread has consecutive digits, the highest first.
+/// Registers: 48. Shared: 2336. One block. A thread has consecutive digits, the highest first.
 __global__ void __launch_bounds__(kThreads)
     find_digit_kernel(const Count* __restrict__ histogram, int bits, bool is_first, int64_t k,
                       Limit* limit) {
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-/// Registers: 32.
+/// Registers: 32. Shared: 80.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) count_ties_kernel(const SelectJob<T> job) {
   using Reduce = prim::BlockReduce<int64_t, kThreads>;
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) count_ties_kernel(const SelectJob<T>
   if (threadIdx.x == 0) job.ties[blockIdx.x] = total;
 }
 
-/// Registers: 40. A thread has consecutive values of each tile.
+/// Registers: 40. Shared: 1272. A thread has consecutive values of each tile.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) mark_kernel(const SelectJob<T> job) {
   using Reduce = prim::BlockReduce<int64_t, kThreads>;

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const Pass pass) {
   }
 }
 
-/// Registers: 32. One block a bin: counts of the blocks before, and the bin's total.
+/// Registers: 32. Shared: 1184. One block a bin: counts of the blocks before, and the bin's total.
 __global__ void __launch_bounds__(kThreads) scan_blocks_kernel(const Pass pass) {
   using Scan = prim::BlockScan<int, kThreads>;
   __shared__ typename Scan::TempStorage storage;

@@ -168,7 +168,7 @@ namespace {
 /// One process: row t is token t, and nothing travels.
 std::shared_ptr<const RoutingPlan> device_plan_of_one(const gates::Routing& routing,
                                                       int64_t num_experts) {
-  gates::validate_shapes(routing, num_experts, kOperation);
+  gates::validate_row_shapes(routing, num_experts, kOperation);
   gates::Routing dense = routing;
   dense.expert_idx = routing.expert_idx.contiguous();
   if (dense.token_offsets.defined()) dense.token_offsets = routing.token_offsets.contiguous();

@@ -258,7 +258,8 @@ TEST(Layer, CountedNonFiniteTokensStayVisible) {
   MoELayer layer(reference->gates(), reference->experts(), placement, groups, options);
   at::Tensor tokens = case_tokens(4);
   tokens[1][2] = NAN;
-  const MoEOutput out = layer.forward(tokens);
+  MoEOutput out = layer.forward(tokens);
+  out.stats.read();
   EXPECT_EQ(out.stats.gates[0].non_finite_tokens, 1);
   EXPECT_TRUE(out.output()[1].isnan().all().item<bool>());
   EXPECT_FALSE(out.output().index_select(0, at::tensor({0, 2, 3})).isnan().any().item<bool>());
