@@ -90,6 +90,12 @@ Environment process_environment() {
   };
 }
 
+int device_of(const LaunchInfo& launch, int num_devices) {
+  require(num_devices > 0, "device_of", "num_devices", num_devices,
+          "is below 1; ask only where there is a GPU");
+  return launch.local_rank % num_devices;
+}
+
 LaunchInfo detect_launcher(const Environment& environment, const std::string& requested) {
   const Variables variables(environment);
   const bool is_mpi = is_mpirun(variables) || variables.has("PMIX_RANK");

@@ -26,4 +26,8 @@ struct LaunchInfo {
 /// missing, and for a variable that is not a number or out of range, naming variable and value.
 LaunchInfo detect_launcher(const Environment& environment, const std::string& requested = "auto");
 
+/// The GPU of a rank that sees `num_devices` > 0 of them: its local rank, from the first one again
+/// if there are more ranks; the only one where a launcher shows each rank its own.
+int device_of(const LaunchInfo& launch, int num_devices);
+
 }  // namespace perseid::comm

@@ -11,7 +11,7 @@ namespace {
   ErrorDetail detail;
   detail.operation = "mpi_group";
   detail.limit =
-      "built without MPI; configure with -DPERSEID_MPI=ON, or choose --comm local or self";
+      "built without MPI; configure with -DPERSEID_MPI=ON, or choose --comm tcp, local or self";
   throw ConfigError(detail);
 }
 

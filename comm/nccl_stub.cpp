@@ -3,11 +3,21 @@
 
 namespace perseid::comm {
 
-Group nccl_group() {
+bool has_nccl() { return false; }
+std::string nccl_version() { return "none"; }
+
+void require_nccl() {
   ErrorDetail detail;
   detail.operation = "nccl_group";
-  detail.limit = "built without NCCL; choose --comm mpi, local or self";
+  detail.limit =
+      "built without NCCL; configure with -DPERSEID_NCCL=ON, or choose --comm mpi, tcp, local or "
+      "self";
   throw ConfigError(detail);
+}
+
+Group nccl_group(const Group&) {
+  require_nccl();
+  return self_group();
 }
 
 }  // namespace perseid::comm

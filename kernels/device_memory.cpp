@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <array>
 #include <utility>
 
 #include "kernels/cuda_check.h"
@@ -64,6 +65,12 @@ int current_device() {
   return device;
 }
 void set_device(int device) { cuda_check(cudaSetDevice(device), "set_device", "cudaSetDevice"); }
+std::string device_bus_id(int device) {
+  std::array<char, 32> text{};
+  cuda_check(cudaDeviceGetPCIBusId(text.data(), static_cast<int>(text.size()), device),
+             "device_bus_id", "cudaDeviceGetPCIBusId");
+  return text.data();
+}
 
 void copy_bytes(void* target, const void* source, int64_t bytes, const Stream& stream) {
   if (bytes == 0) return;

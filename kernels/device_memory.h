@@ -16,6 +16,8 @@ std::string device_problem();
 /// The calling thread's device, in [0, device_count()).
 int current_device();
 void set_device(int device);
+/// PCI bus id of a device, which no other device of its host has: "0000:17:00.0".
+std::string device_bus_id(int device);
 
 /// Copies `bytes` bytes between any two of host and device memory, queued on the stream. Host
 /// memory that is not pinned makes the host wait.

@@ -16,6 +16,7 @@ int device_count() { return 0; }
 std::string device_problem() { return "this build has no CUDA part (-DPERSEID_CUDA=ON adds it)"; }
 int current_device() { refuse("current_device"); }
 void set_device(int) { refuse("set_device"); }
+std::string device_bus_id(int) { refuse("device_bus_id"); }
 
 void copy_bytes(void*, const void*, int64_t, const Stream&) { refuse("copy_bytes"); }
 void fill_zero(void*, int64_t, const Stream&) { refuse("fill_zero"); }

@@ -1,5 +1,6 @@
 //   Table          every launcher alone, and mixtures: which one wins, and its numbers
 //   Requested      a launcher by name ignores the others, and needs its variables
+//   Device         the local rank, from the first GPU again if there are fewer
 //   BadVariables   not a number, out of range, half a set: the error names variable and value
 //   ReadsProcess   the real environment
 #include "comm/launcher.h"
@@ -83,6 +84,15 @@ TEST(Launch, Requested) {
   const Caught caught = catch_error([&] { detect_launcher(environment(all), "ssh"); });
   EXPECT_EQ(caught.type, "ConfigError");
   expect_contains(caught.text, {"launcher=ssh", "auto, mpi, slurm, torchrun or single"});
+}
+
+TEST(Launch, Device) {
+  comm::LaunchInfo launch;
+  launch.local_rank = 5;
+  EXPECT_EQ(comm::device_of(launch, 8), 5);
+  EXPECT_EQ(comm::device_of(launch, 4), 1);
+  EXPECT_EQ(comm::device_of(launch, 1), 0);
+  EXPECT_EQ(catch_error([&] { comm::device_of(launch, 0); }).type, "ConfigError");
 }
 
 struct BadCase {

@@ -69,13 +69,13 @@ TEST(MpiSession, Agreed) {
 
 TEST(MpiSession, WrongWords) {
   comm::SessionOptions options;
-  options.comm = "tcp";
+  options.comm = "ftp";
   ::testing::internal::CaptureStderr();
   const int status = comm::run_session(options, [](const Group&) { ADD_FAILURE(); });
   const std::string output = ::testing::internal::GetCapturedStderr();
   EXPECT_EQ(status, 64);
   EXPECT_EQ(output.empty(), rank_of_job() != 0) << output;
-  if (rank_of_job() == 0) expect_contains(output, {"comm=tcp"});
+  if (rank_of_job() == 0) expect_contains(output, {"comm=ftp"});
 }
 
 TEST(MpiSession, Version) {

@@ -10,6 +10,8 @@
 #include <stdexcept>
 
 #include "comm/collectives.h"
+#include "comm/nccl_group.h"
+#include "kernels/device_memory.h"
 #include "ranks.h"
 
 namespace perseid::testing {
@@ -63,8 +65,11 @@ void expect_refused(const SessionOptions& options, const std::vector<std::string
 }
 
 TEST(Session, Words) {
-  expect_refused(with("tcp"), {"comm=tcp", "--comm auto, self, local, mpi or nccl"});
-  expect_refused(with("nccl"), {"[nccl_group] built without NCCL; "});
+  expect_refused(with("ftp"), {"comm=ftp", "--comm auto, self, local, mpi, tcp or nccl"});
+  if (kernels::device_count() == 0) {
+    expect_refused(with("nccl"), {comm::has_nccl() ? "[nccl_group] device=none can be used: "
+                                                   : "[nccl_group] built without NCCL; "});
+  }
   expect_refused(with("local", 0), {"local_ranks=0"});
   expect_refused(with("local", 5000), {"size=5000"});
   expect_refused(with("self", 4), {"local_ranks=4", "comm=local", "comm=self"});
@@ -78,7 +83,8 @@ TEST(Session, NoTransport) {
   ::setenv("WORLD_SIZE", "2", 1);
   SessionOptions options;
   options.launcher = "torchrun";
-  expect_refused(options, {"comm=auto", "2 CPU ranks of torchrun", "mpirun", "--comm local"});
+  expect_refused(options,
+                 {"comm=auto", "2 CPU ranks of torchrun", "mpirun", "--comm local", "--comm tcp"});
   options.comm = "local";
   EXPECT_EQ(run(options, [](const Group&) {}).status, 0);
   ::unsetenv("RANK");

@@ -12,6 +12,7 @@ int device_count() { return 1; }
 std::string device_problem() { return {}; }
 int current_device() { return 0; }
 void set_device(int) {}
+std::string device_bus_id(int) { return "0000:00:00.0"; }
 
 void copy_bytes(void* target, const void* source, int64_t bytes, const Stream&) {
   if (bytes > 0) std::memcpy(target, source, static_cast<size_t>(bytes));
