@@ -102,9 +102,9 @@ if [ $has_gpu = 1 ]; then
   suite=gpu
   [ $full = 0 ] || suite=gpu-all
   bench limits 60 limits --device cuda
-  bench router 120 router --device cuda --suite $suite
-  bench permute 90 permute --device cuda --suite $suite
-  bench combine 90 combine --device cuda --suite $suite
+  bench router $((full ? 240 : 120)) router --device cuda --suite $suite
+  bench permute $((full ? 300 : 90)) permute --device cuda --suite $suite
+  bench combine $((full ? 300 : 90)) combine --device cuda --suite $suite
   bench layer $((full ? 900 : 240)) layer --device cuda --suite $suite
   if [ $full = 1 ]; then
     # Two processes on one GPU: NCCL takes them for two hosts. Slow, it tests function only.

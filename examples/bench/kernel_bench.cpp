@@ -123,7 +123,6 @@ void run_kernel_bench(const KernelBenchOptions& options, std::ostream& out) {
   const Place place(options.device);
   at::set_num_threads(options.threads);
   const double copy = copy_limit(place, options.repeats);
-  place.release_memory();
   out << format_text("%s, %d threads, %lld rounds; copy limit %.1f GB/s\n", place.name(),
                      options.threads, static_cast<long long>(options.repeats), copy)
       << "MB: least bytes to read and write; GB/s = these / time; of copy = GB/s / copy limit "
@@ -131,6 +130,7 @@ void run_kernel_bench(const KernelBenchOptions& options, std::ostream& out) {
          "100%: data stay in caches);\nratio = time / time of LibTorch's row for the same, in the "
          "same round, median\n";
   for (const LayerCase& shape : options.cases) {
+    place.release_memory();
     Result result{shape, works_of(options.bench, shape, place, options.seed), {}};
     std::vector<std::function<void()>> runs;
     for (const Work& work : result.works) runs.push_back(work.run);
