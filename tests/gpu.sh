@@ -63,7 +63,7 @@ if [ $build = 1 ]; then
   perseid_setup libgtest-dev
   [ -e $tree/build.ninja ] || cmake --preset cuda >/dev/null
   perseid_say "building $tree"
-  perseid_build $tree gpu_tests perseid_bench
+  perseid_build $tree gpu_tests perseid-bench
 fi
 report "# Perseid on a GPU"
 report ""
@@ -101,17 +101,17 @@ if [ $has_gpu = 1 ]; then
   fi
   suite=gpu
   [ $full = 0 ] || suite=gpu-all
-  bench limits 60 limits
-  bench router 120 router --device cuda --suite $suite
-  bench permute 90 permute --device cuda --suite $suite
-  bench combine 90 combine --device cuda --suite $suite
+  bench limits 60 limits --device cuda
+  bench router $((full ? 240 : 120)) router --device cuda --suite $suite
+  bench permute $((full ? 300 : 90)) permute --device cuda --suite $suite
+  bench combine $((full ? 300 : 90)) combine --device cuda --suite $suite
   bench layer $((full ? 900 : 240)) layer --device cuda --suite $suite
   if [ $full = 1 ]; then
     # Two processes on one GPU: NCCL takes them for two hosts. Slow, it tests function only.
     step "nccl two processes" 240 env NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 bash -c '
       for rank in 0 1; do
         NCCL_HOSTID=rank$rank RANK=$rank LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=29517 \
-          "$0" exchange --comm nccl --device cuda --bytes 65536 & pids+=($!)
+          "$0" exchange --comm nccl --device cuda -b 64K -e 64K & pids+=($!)
       done
       for pid in "${pids[@]}"; do wait "$pid"; done' $tree/examples/perseid-bench
   fi

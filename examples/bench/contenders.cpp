@@ -39,6 +39,7 @@ LayerContender::LayerContender(const std::vector<LayerProblem>& problems) : Cont
   }
   layer_ = std::make_shared<MoELayer>(std::vector<std::shared_ptr<gates::Gate>>{gate}, experts_,
                                       placement, make_parallel_groups(comm::self_group()));
+  layer_->to(tokens_.front().device());
 }
 
 Outcome LayerContender::run() {
@@ -53,11 +54,12 @@ Outcome LayerContender::run() {
 }
 
 // ---- dense --------------------------------------------------------------------------------------
-DenseContender::DenseContender(const LayerCase& shape) : Contender("dense"), shape_(shape) {
+DenseContender::DenseContender(const LayerCase& shape, const Place& place)
+    : Contender("dense"), shape_(shape), stream_(place.stream()) {
   const int64_t A = shape.num_assignments(), D = shape.d_model, F = shape.d_ff;
-  const at::TensorOptions options = at::TensorOptions().dtype(shape.dtype);
+  const at::TensorOptions options = at::TensorOptions(shape.dtype).device(place.tensors());
   const auto random = [&](int64_t rows, int64_t columns, double scale) {
-    return (at::randn({rows, columns}) * scale).to(shape.dtype);
+    return (at::randn({rows, columns}, options.dtype(at::kFloat)) * scale).to(shape.dtype);
   };
   const auto buffer = [&](int64_t rows, int64_t columns) {
     return at::empty({rows, columns}, options);
@@ -81,12 +83,13 @@ Outcome DenseContender::run() {
   const kernels::ActivationShape activation{shape_.num_assignments(), shape_.d_ff,
                                             kernels::Activation::kSilu, true};
   at::mm_out(pre_, rows_, up_.t());
-  kernels::activation_forward(activation, dtype, data_of(pre_), nullptr, mutable_data_of(act_));
+  kernels::activation_forward(activation, dtype, data_of(pre_), nullptr, mutable_data_of(act_),
+                              stream_);
   at::mm_out(out_, act_, down_.t());
 
   at::mm_out(grad_act_, grad_out_, down_);
   kernels::activation_backward(activation, dtype, data_of(pre_), nullptr, data_of(grad_act_),
-                               mutable_data_of(grad_pre_), nullptr, nullptr);
+                               mutable_data_of(grad_pre_), nullptr, nullptr, stream_);
   at::mm_out(grad_down_, grad_out_.t(), act_);
   at::mm_out(grad_up_, grad_pre_.t(), rows_);
   at::mm_out(grad_rows_, grad_pre_, up_);
@@ -115,9 +118,12 @@ at::Tensor loop_forward(const PeerInput& input) {
 at::Tensor grouped_mm_forward(const PeerInput& input) {
   const int64_t K = input.expert_idx.size(1), E = input.up.size(0);
   const at::Tensor experts = input.expert_idx.reshape(-1);
-  const at::Tensor order = experts.argsort(true, 0, false);
+  const auto [sorted, order] = experts.sort(true, 0, false);
   const at::Tensor token_of = order.div(K, "floor");
-  const at::Tensor ends = experts.bincount({}, E).cumsum(0).to(at::kInt);
+  // Unlike bincount and cumsum, this does not make the host wait for a GPU.
+  const at::Tensor ends =
+      at::searchsorted(sorted, at::arange(E, experts.options()), /*out_int32=*/true,
+                       /*right=*/true);
   const at::Tensor rows = input.tokens.index_select(0, token_of);
   const std::vector<at::Tensor> pre =
       at::_grouped_mm(rows, input.up.transpose(1, 2), ends).chunk(2, 1);

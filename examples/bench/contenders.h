@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "examples/bench/layer_problem.h"
+#include "examples/bench/place.h"
 #include "moe/grouped_mlp.h"
 #include "moe/moe_layer.h"
 
@@ -30,7 +31,7 @@ class Contender {
   std::string name_;
 };
 
-/// The layer of this library, its gate and load-balance loss included.
+/// The layer of this library, its gate and load-balance loss included, where its tokens are.
 /// Gradients: tokens, up_proj, down_proj, router.
 class LayerContender : public Contender {
  public:
@@ -55,7 +56,7 @@ class LayerContender : public Contender {
 /// Gradients: rows, up, down.
 class DenseContender : public Contender {
  public:
-  explicit DenseContender(const LayerCase& shape);
+  DenseContender(const LayerCase& shape, const Place& place);
   Outcome run() override;
   const at::Tensor& rows() const { return rows_; }
   const at::Tensor& up() const { return up_; }
@@ -64,6 +65,7 @@ class DenseContender : public Contender {
 
  private:
   LayerCase shape_;
+  kernels::Stream stream_;
   at::Tensor rows_, up_, down_, grad_out_;                            // inputs
   at::Tensor pre_, act_, out_;                                        // forward
   at::Tensor grad_act_, grad_pre_, grad_rows_, grad_up_, grad_down_;  // backward

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <ostream>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "examples/bench/timing.h"
 #include "examples/common/json_lines.h"
 #include "examples/common/text.h"
+#include "kernels/device_memory.h"
 #include "kernels/error.h"
 
 namespace perseid::bench {
@@ -22,8 +24,53 @@ using examples::format_text;
 
 constexpr int64_t kRowFloats = 256;  // a row of 1 KiB; smaller blocks are one row
 
+/// Where rows are: host memory, or device memory and a stream of this rank.
+class RowPlace {
+ public:
+  explicit RowPlace(kernels::Device device) {
+    if (device == kernels::Device::kCuda) stream_ = std::make_unique<kernels::OwnedStream>();
+  }
+  bool is_gpu() const { return stream_ != nullptr; }
+  kernels::Stream stream() const { return is_gpu() ? stream_->get() : kernels::Stream{}; }
+  void finish() const {
+    if (is_gpu()) kernels::synchronize(stream());
+  }
+
+ private:
+  std::unique_ptr<kernels::OwnedStream> stream_;
+};
+
+/// Rows on the host, which are those of the exchange or are copied to and from them.
+class Rows {
+ public:
+  Rows(int64_t floats, const RowPlace& place)
+      : host(static_cast<size_t>(floats)), stream_(place.stream()) {
+    if (place.is_gpu()) device_ = kernels::DeviceMemory(bytes(), stream_);
+  }
+  float* data() { return is_gpu() ? device_.as<float>() : host.data(); }
+  void to_device() {
+    if (!is_gpu()) return;
+    kernels::copy_bytes(device_.data(), host.data(), bytes(), stream_);
+    kernels::synchronize(stream_);
+  }
+  void to_host() {
+    if (!is_gpu()) return;
+    kernels::copy_bytes(host.data(), device_.data(), bytes(), stream_);
+    kernels::synchronize(stream_);
+  }
+
+  std::vector<float> host;
+
+ private:
+  bool is_gpu() const { return stream_.device == kernels::Device::kCuda; }
+  int64_t bytes() const { return static_cast<int64_t>(host.size() * sizeof(float)); }
+
+  kernels::Stream stream_;
+  kernels::DeviceMemory device_;
+};
+
 struct Buffers {
-  std::vector<float> send, recv;
+  Rows send, recv;
 };
 
 /// Element i of the block from rank `source` to rank `target`: exact, and unique near i.
@@ -31,26 +78,30 @@ float value_of(int source, int target, int64_t i, int num_ranks) {
   return static_cast<float>((i * num_ranks + target) % 4093 * num_ranks + source);
 }
 
-Buffers make_buffers(int64_t floats, const comm::Group& world) {
-  Buffers buffers;
-  buffers.recv.resize(static_cast<size_t>(floats * world.size()));
+Buffers make_buffers(int64_t floats, const comm::Group& world, const RowPlace& place) {
+  Buffers buffers{Rows(floats * world.size(), place), Rows(floats * world.size(), place)};
   for (int target = 0; target < world.size(); ++target) {
     for (int64_t i = 0; i < floats; ++i) {
-      buffers.send.push_back(value_of(world.rank(), target, i, world.size()));
+      buffers.send.host[static_cast<size_t>(target * floats + i)] =
+          value_of(world.rank(), target, i, world.size());
     }
   }
+  buffers.send.to_device();
   return buffers;
 }
 
 /// Elements that did not arrive as sent, on all ranks, after one exchange by `exchange`.
 int64_t count_wrong(Buffers& buffers, int64_t floats, const comm::Group& world,
                     const std::function<void()>& exchange) {
-  std::fill(buffers.recv.begin(), buffers.recv.end(), std::numeric_limits<float>::quiet_NaN());
+  std::vector<float>& arrived = buffers.recv.host;
+  std::fill(arrived.begin(), arrived.end(), std::numeric_limits<float>::quiet_NaN());
+  buffers.recv.to_device();
   exchange();
+  buffers.recv.to_host();
   int64_t wrong = 0;
   for (int source = 0; source < world.size(); ++source) {
     for (int64_t i = 0; i < floats; ++i) {
-      const float got = buffers.recv[static_cast<size_t>(source * floats + i)];
+      const float got = arrived[static_cast<size_t>(source * floats + i)];
       wrong += got == value_of(source, world.rank(), i, world.size()) ? 0 : 1;
     }
   }
@@ -62,13 +113,14 @@ int64_t count_wrong(Buffers& buffers, int64_t floats, const comm::Group& world,
 std::vector<std::vector<double>> time_exchanges(const std::vector<std::function<void()>>& exchanges,
                                                 int64_t iterations,
                                                 const ExchangeBenchOptions& options,
-                                                const comm::Group& world) {
+                                                const comm::Group& world, const RowPlace& place) {
   std::vector<std::vector<double>> ms(exchanges.size());
   for (int64_t round = -options.warmup_rounds; round < options.repeats; ++round) {
     for (size_t i = 0; i < exchanges.size(); ++i) {
       comm::barrier(world);
       const double start = now_ms();
       for (int64_t n = 0; n < iterations; ++n) exchanges[i]();
+      place.finish();
       double slowest = (now_ms() - start) / static_cast<double>(iterations);
       comm::all_reduce(&slowest, 1, comm::ReduceOp::kMax, world);
       if (round >= 0) ms[i].push_back(slowest);
@@ -92,14 +144,17 @@ struct Row {
   double bus_factor() const { return static_cast<double>(num_ranks - 1) / num_ranks; }
 };
 
-Row measure(int64_t floats, const ExchangeBenchOptions& options, const comm::Group& world) {
-  Buffers buffers = make_buffers(floats, world);
+Row measure(int64_t floats, const ExchangeBenchOptions& options, const comm::Group& world,
+            const RowPlace& place) {
+  Buffers buffers = make_buffers(floats, world, place);
   const comm::RowType row{kernels::DType::kFloat32, floats % kRowFloats == 0 ? kRowFloats : floats};
   const std::vector<int64_t> rows(static_cast<size_t>(world.size()), floats / row.width);
   const comm::ExchangePlan plan{rows, rows};
-  std::vector<std::function<void()>> exchanges = {
-      [&] { comm::exchange_rows(buffers.send.data(), buffers.recv.data(), row, plan, world); }};
-  if (PlainAllToAll::available(world)) {
+  std::vector<std::function<void()>> exchanges = {[&] {
+    comm::exchange_rows(buffers.send.data(), buffers.recv.data(), row, plan, world, {},
+                        place.stream());
+  }};
+  if (!place.is_gpu() && PlainAllToAll::available(world)) {
     exchanges.emplace_back(
         [&] { PlainAllToAll()(buffers.send.data(), buffers.recv.data(), floats, world.size()); });
   }
@@ -112,12 +167,14 @@ Row measure(int64_t floats, const ExchangeBenchOptions& options, const comm::Gro
     }
   }
   const int64_t small_enough = std::max<int64_t>(1, (int64_t{20} << 20) / result.peer_bytes());
-  result.ms = time_exchanges(exchanges, std::min(options.iterations, small_enough), options, world);
+  result.ms =
+      time_exchanges(exchanges, std::min(options.iterations, small_enough), options, world, place);
   return result;
 }
 
-void print_head(const comm::Group& world, std::ostream& out) {
-  out << format_text("%d ranks, %s\n", world.size(), world.backend_name())
+void print_head(const comm::Group& world, const RowPlace& place, std::ostream& out) {
+  out << format_text("%d ranks, %s, %s\n", world.size(), world.backend_name(),
+                     place.is_gpu() ? "cuda" : "cpu")
       << "per peer: bytes a rank sends to each rank, itself included; size = P * per peer; count: "
          "floats per peer;\ntime: median, slowest rank; algbw = size / time, busbw = "
          "algbw*(P-1)/P; "
@@ -146,7 +203,8 @@ void print(const Row& row, std::ostream& out) {
       << std::flush;
 }
 
-void write(const Row& row, const comm::Group& world, examples::JsonLines& json) {
+void write(const Row& row, const comm::Group& world, const RowPlace& place,
+           examples::JsonLines& json) {
   const double nan = std::numeric_limits<double>::quiet_NaN();
   const char* const names[] = {"exchange_rows", "MPI_Alltoallv"};
   for (size_t i = 0; i < row.ms.size(); ++i) {
@@ -157,6 +215,7 @@ void write(const Row& row, const comm::Group& world, examples::JsonLines& json) 
          {"dtype", std::string("float32")},
          {"ranks", int64_t{row.num_ranks}},
          {"comm", std::string(world.backend_name())},
+         {"device", std::string(place.is_gpu() ? "cuda" : "cpu")},
          {"threads", int64_t{1}},
          {"bytes_per_peer", row.peer_bytes()},
          {"size", row.size()},
@@ -174,15 +233,16 @@ void run_exchange_bench(const ExchangeBenchOptions& options, const comm::Group& 
                         std::ostream& out) {
   const bool speaks = world.rank() == 0;
   examples::JsonLines json(speaks ? options.json : std::string());
-  if (speaks) print_head(world, out);
+  const RowPlace place(options.device);
+  if (speaks) print_head(world, place, out);
   int64_t wrong = 0;
   for (int64_t bytes = options.min_bytes; bytes <= options.max_bytes;
        bytes *= options.step_factor) {
-    const Row row = measure(bytes / int64_t{sizeof(float)}, options, world);
+    const Row row = measure(bytes / int64_t{sizeof(float)}, options, world, place);
     wrong += row.wrong.value_or(0);
     if (!speaks) continue;
     print(row, out);
-    write(row, world, json);
+    write(row, world, place, json);
   }
   if (wrong > 0) {
     throw InternalError(ErrorDetail{"perseid-bench exchange", "wrong", to_text(wrong),

@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd.h>
 
 #include <memory>
@@ -46,13 +47,15 @@ struct Result {
   double min_ratio(size_t contender) const { return minimum(ms[contender]) / minimum(ms[kDense]); }
 };
 
-Entrants make_entrants(const LayerCase& shape, const LayerBenchOptions& options) {
+Entrants make_entrants(const LayerCase& shape, const LayerBenchOptions& options,
+                       const Place& place) {
   Entrants entrants;
   for (int64_t draw = 0; draw < options.draws; ++draw) {
-    entrants.problems.push_back(make_problem(shape, options.seed, static_cast<uint64_t>(draw)));
+    entrants.problems.push_back(
+        make_problem(shape, options.seed, static_cast<uint64_t>(draw), place.tensors()));
   }
   entrants.layer = std::make_unique<LayerContender>(entrants.problems);
-  entrants.dense = std::make_unique<DenseContender>(shape);
+  entrants.dense = std::make_unique<DenseContender>(shape, place);
   entrants.forwards = {loop_forward, grouped_mm_forward};
   const GroupedMLP& experts = entrants.layer->experts();
   std::vector<PeerInput> inputs;
@@ -72,7 +75,9 @@ Entrants make_entrants(const LayerCase& shape, const LayerBenchOptions& options)
 /// Compares what contenders of one case computed: the error relative to the largest value.
 class Comparison {
  public:
-  explicit Comparison(at::ScalarType dtype) : tolerance_(dtype == at::kBFloat16 ? 3e-2 : 1e-4) {}
+  explicit Comparison(at::ScalarType dtype)
+      : tolerance_(dtype == at::kBFloat16 ? 3e-2 : 1e-4),
+        wide_(dtype == at::kBFloat16 ? at::kFloat : at::kDouble) {}
 
   void require_equal(const Outcome& actual, const Outcome& expected, const std::string& name,
                      const std::vector<std::string>& grad_names) const {
@@ -85,8 +90,8 @@ class Comparison {
  private:
   void require_equal(const at::Tensor& actual, const at::Tensor& expected,
                      const std::string& what) const {
-    const at::Tensor want = expected.to(at::kDouble);
-    const double error = (actual.to(at::kDouble) - want).abs().max().item<double>();
+    const at::Tensor want = expected.to(wide_);
+    const double error = (actual.to(wide_) - want).abs().max().item<double>();
     const double limit = tolerance_ * want.abs().max().item<double>();
     if (error <= limit) return;
     throw InternalError(
@@ -95,6 +100,7 @@ class Comparison {
   }
 
   double tolerance_;
+  at::ScalarType wide_;  ///< of the comparison
 };
 
 /// Output and gradients of a peer behind a gate of LibTorch operations: all that the layer does.
@@ -113,10 +119,10 @@ Outcome with_plain_gate(const LayerProblem& problem, PeerForward forward,
 /// The dense chain as one expert with weight 1 for all its rows.
 Outcome dense_reference(const DenseContender& dense) {
   const int64_t A = dense.rows().size(0);
-  PeerContender one(
-      "one_expert", loop_forward,
-      {{dense.rows(), at::zeros({A, 1}, at::kLong), at::ones({A}, dense.rows().options()),
-        dense.up().unsqueeze(0), dense.down().unsqueeze(0), dense.grad_out()}});
+  PeerContender one("one_expert", loop_forward,
+                    {{dense.rows(), at::zeros({A, 1}, dense.rows().options().dtype(at::kLong)),
+                      at::ones({A}, dense.rows().options()), dense.up().unsqueeze(0),
+                      dense.down().unsqueeze(0), dense.grad_out()}});
   Outcome outcome = one.run();
   outcome.grads = {outcome.grads[0], outcome.grads[1].squeeze(0), outcome.grads[2].squeeze(0)};
   return outcome;
@@ -124,7 +130,7 @@ Outcome dense_reference(const DenseContender& dense) {
 
 /// Largest load over mean load, after comparing the load with what was drawn.
 double check_load(const Entrants& entrants) {
-  const at::Tensor drawn = entrants.problems.front().expert_idx.reshape(-1).bincount(
+  const at::Tensor drawn = entrants.problems.front().expert_idx.cpu().reshape(-1).bincount(
       {}, entrants.problems.front().shape.num_experts);
   const at::Tensor& load = entrants.layer->last_stats().tokens_per_expert;
   if (!at::equal(load, drawn)) {
@@ -155,8 +161,8 @@ double check_entrants(const Entrants& entrants) {
 }
 
 // ---- measurement and report ---------------------------------------------------------------------
-Result measure(const LayerCase& shape, const LayerBenchOptions& options) {
-  const Entrants entrants = make_entrants(shape, options);
+Result measure(const LayerCase& shape, const LayerBenchOptions& options, const Place& place) {
+  const Entrants entrants = make_entrants(shape, options, place);
   Result result;
   result.shape = shape;
   result.max_over_mean = check_entrants(entrants);
@@ -165,13 +171,14 @@ Result measure(const LayerCase& shape, const LayerBenchOptions& options) {
     result.names.push_back(contender->name());
     runs.emplace_back([contender] { contender->run(); });
   }
-  result.ms = time_in_turns(runs, kWarmupRounds, options.repeats);
+  result.ms = time_calls(place, runs, kWarmupRounds, options.repeats);
   return result;
 }
 
 std::string case_name(const LayerCase& shape) {
   const auto number = [](int64_t value) { return static_cast<long long>(value); };
-  return format_text("(%lld, %lld, %lld, %lld, %lld) %s %s", number(shape.num_tokens),
+  return format_text("%s%s(%lld, %lld, %lld, %lld, %lld) %s %s", shape.name.c_str(),
+                     shape.name.empty() ? "" : ": ", number(shape.num_tokens),
                      number(shape.d_model), number(shape.d_ff), number(shape.num_experts),
                      number(shape.top_k), name_of(shape.dtype), name_of(shape.routing));
 }
@@ -190,17 +197,20 @@ void print(const Result& result, std::ostream& out) {
   out << std::flush;
 }
 
-void write(const Result& result, const LayerBenchOptions& options, examples::JsonLines& json) {
+void write(const Result& result, const LayerBenchOptions& options, const Place& place,
+           examples::JsonLines& json) {
   const LayerCase& shape = result.shape;
   for (size_t i = 0; i < result.names.size(); ++i) {
     const double ms = median(result.ms[i]);
     json.write({{"bench", std::string("layer")},
                 {"name", result.names[i]},
+                {"case", shape.name},
                 {"shape", std::vector<int64_t>{shape.num_tokens, shape.d_model, shape.d_ff,
                                                shape.num_experts, shape.top_k}},
                 {"dtype", std::string(name_of(shape.dtype))},
                 {"routing", std::string(name_of(shape.routing))},
                 {"load_max_over_mean", result.max_over_mean},
+                {"device", std::string(place.name())},
                 {"threads", int64_t{options.threads}},
                 {"repeats", options.repeats},
                 {"draws", options.draws},
@@ -234,36 +244,32 @@ void print_summary(const std::vector<Result>& results, std::ostream& out) {
 
 }  // namespace
 
-std::vector<LayerCase> cpu_suite() {
-  std::vector<LayerCase> cases;
-  for (LayerCase shape : {LayerCase{2048, 128, 256, 8, 2}, LayerCase{4096, 512, 1024, 16, 2},
-                          LayerCase{4096, 256, 128, 64, 8}}) {
-    for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16}) {
-      for (const Distribution routing : {Distribution::kBalanced, Distribution::kZipf}) {
-        shape.dtype = dtype;
-        shape.routing = routing;
-        cases.push_back(shape);
-      }
-    }
-  }
-  return cases;
-}
-
 void run_layer_bench(const LayerBenchOptions& options, std::ostream& out) {
   examples::JsonLines json(options.json);
+  const Place place(options.device);
   at::set_num_threads(options.threads);
-  out << format_text("%d threads, %lld rounds in which each contender runs once, %lld routings\n",
-                     options.threads, static_cast<long long>(options.repeats),
-                     static_cast<long long>(options.draws))
+  out << format_text(
+             "%s, %d threads, %lld rounds in which each contender runs once, %lld routings\n",
+             place.name(), options.threads, static_cast<long long>(options.repeats),
+             static_cast<long long>(options.draws))
       << "(T, D, F, E, K), forward + backward = 18*A*D*F FLOPs with A = T*K; ratio = time / time "
          "of dense in the same round, median of the rounds;\nratio min = shortest / shortest; "
          "layer includes its gate and load-balance loss, the others do not; dense neither orders "
          "nor weights rows\n";
   std::vector<Result> results;
   for (const LayerCase& shape : options.cases) {
-    results.push_back(measure(shape, options));
+    place.release_memory();
+    try {
+      results.push_back(measure(shape, options, place));
+    } catch (const c10::OutOfMemoryError&) {
+      out << "\n" << case_name(shape) << ": left out, the memory of the GPU is too small\n";
+      continue;
+    } catch (const OutOfMemory&) {
+      out << "\n" << case_name(shape) << ": left out, the memory of the GPU is too small\n";
+      continue;
+    }
     print(results.back(), out);
-    write(results.back(), options, json);
+    write(results.back(), options, place, json);
   }
   if (results.size() > 1) print_summary(results, out);
 }

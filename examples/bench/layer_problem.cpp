@@ -96,23 +96,30 @@ const char* name_of(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? "bfloat16" : "float32";
 }
 
-LayerProblem make_problem(const LayerCase& shape, uint64_t seed, uint64_t draw) {
+at::Tensor draw_routing(const LayerCase& shape, uint64_t seed, uint64_t draw) {
+  Draws draws(kernels::random_key(seed).with(draw));
+  return at::tensor(draw_experts(shape, draws), at::kLong).view({shape.num_tokens, shape.top_k});
+}
+
+LayerProblem make_problem(const LayerCase& shape, uint64_t seed, uint64_t draw, at::Device device) {
   const int64_t T = shape.num_tokens, D = shape.d_model, E = shape.num_experts, K = shape.top_k;
   const kernels::RandomKey key = kernels::random_key(seed).with(draw);
-  Draws draws(key);
-  const std::vector<int64_t> drawn = draw_experts(shape, draws);
+  // In double on the host; on a GPU that would take long, and what float32 loses is far below what
+  // separates the logits.
+  const auto wide = at::TensorOptions(device.is_cpu() ? at::kDouble : at::kFloat).device(device);
   at::manual_seed(seed);
-  const at::Tensor basis = std::get<0>(at::linalg_qr(at::randn({D, E}, at::kDouble)));
+  const at::Tensor basis =
+      std::get<0>(at::linalg_qr(at::randn({D, E}, at::kDouble))).to(wide.device(), wide.dtype());
   at::manual_seed(key.value);
   LayerProblem problem;
   problem.shape = shape;
-  problem.expert_idx = at::tensor(drawn, at::kLong).view({T, K});
-  const at::Tensor logits = (at::rand({T, E}, at::kDouble) - 1)
-                                .scatter(1, problem.expert_idx, at::rand({T, K}, at::kDouble) + 2);
-  const at::Tensor noise = at::randn({T, D}, at::kDouble);
+  problem.expert_idx = draw_routing(shape, seed, draw).to(device);
+  const at::Tensor logits =
+      (at::rand({T, E}, wide) - 1).scatter(1, problem.expert_idx, at::rand({T, K}, wide) + 2);
+  const at::Tensor noise = at::randn({T, D}, wide);
   problem.tokens = (noise + (logits - noise.mm(basis)).mm(basis.t())).to(shape.dtype);
   problem.router = basis.t().contiguous().to(at::kFloat);
-  problem.grad_out = at::randn({T, D}).to(shape.dtype);
+  problem.grad_out = at::randn({T, D}, wide.dtype(at::kFloat)).to(shape.dtype);
   return problem;
 }
 

@@ -24,6 +24,7 @@ struct LayerCase {
   int64_t top_k = 2;
   at::ScalarType dtype = at::kFloat;
   Distribution routing = Distribution::kBalanced;
+  std::string name = {};  ///< of the model that has this shape; empty: none
 
   int64_t num_assignments() const { return num_tokens * top_k; }  ///< A
   /// Gated experts forward and backward: 6 + 12 times A*D*F.
@@ -42,10 +43,15 @@ struct LayerProblem {
   at::Tensor grad_out;    ///< [T, D] gradient of the output
 };
 
+/// [T, K] int64 on the host, the experts of each token, drawn by the distribution of the case.
+at::Tensor draw_routing(const LayerCase& shape, uint64_t seed, uint64_t draw = 0);
+
 /// The gate computes its real product and top-k, and yet selects what was drawn: a token is noise
 /// that the router does not see, plus multiples of router rows that give each logit a chosen value,
 /// in [2, 3) for the experts drawn and in [-1, 0) for all others.
-/// @param draw  number of the draw; the router is the same for all draws of a seed
-LayerProblem make_problem(const LayerCase& shape, uint64_t seed, uint64_t draw = 0);
+/// @param draw    number of the draw; the router is the same for all draws of a seed
+/// @param device  where the tensors go and, but for the draw, are made
+LayerProblem make_problem(const LayerCase& shape, uint64_t seed, uint64_t draw = 0,
+                          at::Device device = at::kCPU);
 
 }  // namespace perseid::bench

@@ -84,7 +84,7 @@ void evaluate(MoELayer& layer, const ImageTensors& images, const TrainOptions& o
     };
     const MoEInput input = model_input(cut(images.pixels), cut(images.keys), options);
     const MoEOutput output = layer.forward(input);
-    const at::Tensor labels = cut(images.labels);
+    const at::Tensor labels = cut(images.labels).to(input.tokens.device());
     const at::Tensor domains = cut(images.domains);
     sums.cross_entropy += cross_entropy_sum(output.output(), labels).item<double>();
     sums.correct += output.output().argmax(1).eq(labels).sum().item<double>();
@@ -95,7 +95,7 @@ void evaluate(MoELayer& layer, const ImageTensors& images, const TrainOptions& o
     gate_input.tokens = input.tokens;
     gate_input.keys = input.keys;
     const at::Tensor weights =
-        gates::dense_weights(gate.forward(gate_input).routing, options.num_experts);
+        gates::dense_weights(gate.forward(gate_input).routing, options.num_experts).cpu();
     sums.active += weights.gt(kActiveWeight).sum().item<double>();
     sums.weight.index_add_(0, domains, weights.to(at::kDouble));
     sums.images.index_add_(0, domains, at::ones_like(domains, at::kDouble));

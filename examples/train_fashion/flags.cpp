@@ -210,7 +210,7 @@ void add_training_flags(CLI::App& app, ProgramOptions& options) {
 
 void add_parallel_flags(CLI::App& app, ProgramOptions& options) {
   app.add_option("--comm", options.session.comm, "how ranks communicate; local: threads as ranks")
-      ->check(one_of({"auto", "self", "local", "mpi"}))
+      ->check(one_of({"auto", "self", "local", "mpi", "tcp", "nccl"}))
       ->capture_default_str()
       ->group("Ranks");
   app.add_option("--local-ranks", options.session.local_ranks, "ranks of --comm local")
@@ -219,6 +219,11 @@ void add_parallel_flags(CLI::App& app, ProgramOptions& options) {
       ->group("Ranks");
   app.add_option("--launcher", options.session.launcher, "what started this process")
       ->check(one_of({"auto", "mpi", "slurm", "torchrun", "single"}))
+      ->capture_default_str()
+      ->group("Ranks");
+  app.add_option("--device", options.device,
+                 "where tokens, model and optimizer are; auto: a GPU if there is one")
+      ->check(one_of({"auto", "cpu", "cuda"}))
       ->capture_default_str()
       ->group("Ranks");
   app.add_option("--expert-model-parallel-size,--ep-size", options.train.ep_size,

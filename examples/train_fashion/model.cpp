@@ -12,6 +12,7 @@
 #include "gates/dselect_k_gate.h"
 #include "gates/hash_gate.h"
 #include "gates/top_k_gate.h"
+#include "kernels/device_memory.h"
 #include "moe/grouped_mlp.h"
 
 namespace perseid::examples {
@@ -82,7 +83,7 @@ void convert_parameters(const torch::nn::Module& module, at::ScalarType dtype) {
 }
 
 WeightDump dump_of(const std::string& name, const at::Tensor& tensor) {
-  const at::Tensor values = tensor.detach().to(at::kDouble).contiguous();
+  const at::Tensor values = tensor.detach().to(at::kCPU, at::kDouble).contiguous();
   const double* first = values.const_data_ptr<double>();
   return WeightDump{name, values.sizes().vec(), std::vector<double>(first, first + values.numel())};
 }
@@ -96,6 +97,11 @@ at::ScalarType tensor_type(kernels::DType dtype) {
     default:
       return at::kFloat;
   }
+}
+
+at::Device tensor_device(const TrainOptions& options) {
+  if (options.device == kernels::Device::kCpu) return at::kCPU;
+  return {at::kCUDA, static_cast<at::DeviceIndex>(kernels::current_device())};
 }
 
 std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOptions& options) {
@@ -114,15 +120,19 @@ std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOption
 
   MoELayerOptions layer_options;
   layer_options.capacity.capacity_factor = options.capacity_factor;
-  return std::make_shared<MoELayer>(std::vector<std::shared_ptr<gates::Gate>>{std::move(gate)},
-                                    std::move(experts), placement, groups, layer_options);
+  auto layer =
+      std::make_shared<MoELayer>(std::vector<std::shared_ptr<gates::Gate>>{std::move(gate)},
+                                 std::move(experts), placement, groups, layer_options);
+  layer->to(tensor_device(options));
+  return layer;
 }
 
 MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys,
                      const TrainOptions& options) {
-  MoEInput input(pixels.to(tensor_type(options.dtype)).div_(255));
+  const at::Device device = tensor_device(options);
+  MoEInput input(pixels.to(device).to(tensor_type(options.dtype)).div_(255));
   if (options.gate == GateKind::kHash || options.gate == GateKind::kOracle) {
-    input.keys = keys.remainder(options.num_experts);
+    input.keys = keys.to(device).remainder(options.num_experts);
   }
   return input;
 }

@@ -12,6 +12,9 @@ namespace perseid::examples {
 
 at::ScalarType tensor_type(kernels::DType dtype);
 
+/// Where tokens and parameters are.
+at::Device tensor_device(const TrainOptions& options);
+
 void convert_parameters(const torch::nn::Module& module, at::ScalarType dtype);
 
 /// All values of a tensor in double.
@@ -26,7 +29,7 @@ std::shared_ptr<gates::Gate> make_gate(const TrainOptions& options, int64_t d_mo
 /// layer is the mix of the experts' logits. Collective over `world`.
 std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOptions& options);
 
-/// What the layer reads for a batch of raw images.
+/// What the layer reads for a batch of raw images, on the device of the options.
 /// @param pixels  [n, 784] uint8
 /// @param keys    [n] int64, of the hash and oracle gates: the expert is the key mod E
 MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys, const TrainOptions& options);

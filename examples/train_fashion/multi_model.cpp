@@ -129,6 +129,7 @@ MultiModel::MultiModel(const comm::Group& world, const MultiOptions& options)
                                     make_tower(network_key(train, kStreamTowers, task)));
     convert_parameters(*towers_[task], dtype);
   }
+  to(tensor_device(train));
 }
 
 MultiOutput MultiModel::forward(const MoEInput& input) {
@@ -145,7 +146,7 @@ MoEInput multi_input(const CanvasBatch& batch, const TrainOptions& options) {
   const at::Tensor pixels =
       at::from_blob(const_cast<int16_t*>(batch.pixels.data()),
                     {static_cast<int64_t>(batch.classes[0].size()), kCanvasPixels}, at::kShort);
-  return pixels.to(tensor_type(options.dtype)).div_(255);
+  return pixels.to(tensor_device(options)).to(tensor_type(options.dtype)).div_(255);
 }
 
 ParameterCount count_parameters(const MultiOptions& options) {

@@ -52,7 +52,7 @@ class MultiModel : public torch::nn::Module {
   std::array<std::shared_ptr<Network>, kNumTasks> towers_;
 };
 
-/// What the layer reads: canvases / 255, [n, 1296], values in [0, 2].
+/// What the layer reads, on the device of the options: canvases / 255, [n, 1296], in [0, 2].
 MoEInput multi_input(const CanvasBatch& batch, const TrainOptions& options);
 
 /// All parameters, those of experts by global number. Collective.

@@ -34,10 +34,10 @@ class ScoreSums {
   void add(const std::array<at::Tensor, kNumTasks>& cross_entropy_sums, const MultiOutput& output,
            const CanvasBatch& batch) {
     for (size_t task = 0; task < kNumTasks; ++task) {
-      const at::Tensor classes = class_tensor(batch.classes[task]);
+      const at::Tensor& logits = output.logits[task];
+      const at::Tensor classes = class_tensor(batch.classes[task]).to(logits.device());
       local_[2 * task] += cross_entropy_sums[task].item<double>();
-      local_[2 * task + 1] +=
-          output.logits[task].detach().argmax(1).eq(classes).sum().item<double>();
+      local_[2 * task + 1] += logits.detach().argmax(1).eq(classes).sum().item<double>();
     }
     if (stats_.gates.empty()) {
       stats_ = output.layer.stats;
@@ -73,7 +73,8 @@ std::array<at::Tensor, kNumTasks> cross_entropy_sums(const MultiOutput& output,
                                                      const CanvasBatch& batch) {
   std::array<at::Tensor, kNumTasks> sums;
   for (size_t task = 0; task < kNumTasks; ++task) {
-    sums[task] = cross_entropy_sum(output.logits[task], class_tensor(batch.classes[task]));
+    const at::Tensor& logits = output.logits[task];
+    sums[task] = cross_entropy_sum(logits, class_tensor(batch.classes[task]).to(logits.device()));
   }
   return sums;
 }

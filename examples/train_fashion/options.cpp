@@ -103,6 +103,7 @@ uint32_t config_hash(const ProgramOptions& options) {
   add(static_cast<uint64_t>(options.experts));
   add(static_cast<uint64_t>(options.validation_images));
   add(static_cast<uint64_t>(train.dtype));
+  add(static_cast<uint64_t>(train.device));
   add(options.data_seed);
   return static_cast<uint32_t>(key.value >> 32);
 }

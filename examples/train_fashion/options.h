@@ -23,6 +23,7 @@ struct ProgramOptions {
   uint64_t data_seed = 0;                 ///< of domains and pixel permutation, of splits and pairs
   int64_t validation_images = 0;  ///< tested on instead of the test images, see validation_split
   int64_t threads = 1;            ///< of this rank; 0: the cores of the host / its ranks
+  std::string device = "auto";    ///< auto, cpu or cuda; train.device is what it comes to
   bool plain = false;             ///< no line that is written over
   std::string json;               ///< file for the results; empty: none
   std::string dump;               ///< file for losses and weights; empty: none

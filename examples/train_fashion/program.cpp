@@ -16,6 +16,7 @@
 #include "comm/launcher.h"
 #include "comm/session.h"
 #include "examples/common/console.h"
+#include "examples/common/device.h"
 #include "examples/common/json_lines.h"
 #include "examples/train_fashion/multi_report.h"
 #include "examples/train_fashion/report.h"
@@ -149,9 +150,14 @@ const MultiData& SharedImages::multi(const ProgramOptions& options, const comm::
   });
 }
 
-void run_program(const ProgramOptions& options, SharedImages& images, const comm::Group& world,
+void run_program(const ProgramOptions& asked, SharedImages& images, const comm::Group& world,
                  std::ostream& out) {
   const bool speaks = world.rank() == 0;
+  ProgramOptions options = asked;
+  agreed(world, "choose_device", [&] {
+    options.train.device = find_device(asked.device, "train_fashion");
+    use_device(options.train.device, world, asked.session.launcher);
+  });
   world.set_config_hash(config_hash(options));
   const int num_hosts = comm::count_hosts(world);
   if (speaks) {

@@ -10,6 +10,7 @@
 
 #include "comm/session.h"
 #include "examples/common/console.h"
+#include "examples/common/device.h"
 #include "examples/common/text.h"
 #include "examples/train_fashion/metrics.h"
 
@@ -130,6 +131,7 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
                             : train.dtype == kernels::DType::kBFloat16 ? "bfloat16"
                                                                        : "float32";
   settings.push_back({"dtype", dtype});
+  settings.push_back({"device", device_text(train.device)});
   settings.push_back({"data", folder});
   settings.push_back({"images", facts.images});
   settings.push_back({"data seed", std::to_string(options.data_seed)});

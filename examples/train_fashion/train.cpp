@@ -51,7 +51,8 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
     // The loss is the sum over ranks of local losses, each over the images of the whole batch.
     const MoEOutput output = layer.forward(input);
     const at::Tensor cross_entropy =
-        cross_entropy_sum(output.output(), images.labels.index_select(0, chosen)) /
+        cross_entropy_sum(output.output(),
+                          images.labels.index_select(0, chosen).to(input.tokens.device())) /
         options.global_batch_size;
     const at::Tensor loss = cross_entropy + output.loss();
     optimizer.zero_grad();

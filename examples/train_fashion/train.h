@@ -7,6 +7,7 @@
 #include "comm/group.h"
 #include "examples/train_fashion/domains.h"
 #include "kernels/dtype.h"
+#include "kernels/stream.h"
 
 namespace perseid::examples {
 
@@ -28,6 +29,7 @@ struct TrainOptions {
   bool hard_eval = false;       ///< in the test each selector and tree takes one expert
   double capacity_factor = 0;   ///< 0: dropless
   kernels::DType dtype = kernels::DType::kFloat32;
+  kernels::Device device = kernels::Device::kCpu;  ///< cuda: the current one of the calling thread
   double lr = 8e-3;
   double adam_eps = 1e-8;
   double gate_lr_factor = 2;        ///< the gate's learning rate is this times lr

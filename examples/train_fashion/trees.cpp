@@ -31,7 +31,8 @@ void TreeCounter::add(const at::Tensor& tokens, const at::Tensor& domains) {
   }
   const at::ScalarType type = gate_.split_weight.scalar_type();
   const at::Tensor features = gates::gate_features(tokens, gate_.options().input_norm(), type);
-  const at::Tensor logits = at::linear(features, gate_.split_weight, gate_.split_bias).contiguous();
+  const at::Tensor logits =
+      at::linear(features, gate_.split_weight, gate_.split_bias).cpu().contiguous();
   if (type == at::kDouble) {
     add_rows<double>(logits, domain);
   } else {

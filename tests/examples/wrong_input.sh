@@ -41,6 +41,11 @@ for start in "" "${mpiexec:+$mpiexec -n 2}"; do
   # shellcheck disable=SC2086
   expect 74 "/no/such/folder/x.json" $start "$train" --data "$here/fashion-mnist" --train-iters 1 \
     --json /no/such/folder/x.json
+  # shellcheck disable=SC2086
+  expect 64 "--device: value gpu is not one of {auto,cpu,cuda}" $start "$train" --device gpu
+  # Without a GPU, and where there is one it is hidden.
+  # shellcheck disable=SC2086
+  expect 64 "device=cuda cannot be used: " env CUDA_VISIBLE_DEVICES= $start "$train" --device cuda
 done
 expect 64 "ep_size=3" "$train" --data "$here/fashion-mnist" --comm local --local-ranks 4 --ep-size 3
 expect 0 "Usage" "$train" --help
