@@ -110,10 +110,14 @@ perseid_torch_lacks() { # [LIBRARY] : prints the libraries that it needs and the
     awk '/not found/ { print $1 }' | sort -u | xargs
 }
 
+# Toolkits are often installed without being on PATH.
+if ! command -v nvcc >/dev/null && [ -x /usr/local/cuda/bin/nvcc ]; then
+  PATH=$PATH:/usr/local/cuda/bin
+fi
+
 # A CUDA 13 toolkit with its compiler: the GPU part is built, and needs more of LibTorch.
 perseid_has_cuda_toolkit() {
-  { command -v nvcc || [ -x /usr/local/cuda/bin/nvcc ]; } >/dev/null &&
-    PATH=$PATH:/usr/local/cuda/bin nvcc --version 2>/dev/null | grep -q 'release 13\.'
+  nvcc --version 2>/dev/null | grep -q 'release 13\.'
 }
 
 # The preset of this machine: cuda where the toolkit and LibTorch's GPU part are whole.

@@ -107,7 +107,8 @@ template <typename T, bool kIsOutside>
 inline constexpr int kBlocksPerSm = sizeof(T) == 4 && !kIsOutside ? 4 : 2;
 
 /// Calls gate(t, memory) for every token t by one warp each, with room for `elements` values.
-/// Registers: 128; 64 for float32 with memory inside. Shared: 44032 B, or 3072 B.
+/// Registers: 128. Shared: 44032. For float32 with memory inside it is 64 registers, and with
+/// memory outside 3072 bytes.
 template <typename Gate, bool kIsOutside>
 __global__ void __launch_bounds__(kTokenThreadsMax,
                                   kBlocksPerSm<typename Gate::Element, kIsOutside>)
