@@ -8,10 +8,6 @@
 
 namespace perseid::gates {
 
-bool is_on_device(const at::Tensor& tensor) {
-  return stream_of(tensor, "device").device != kernels::Device::kCpu;
-}
-
 std::vector<at::Tensor> to_host(const std::vector<at::Tensor>& tensors) {
   std::vector<at::Tensor> result;
   result.reserve(tensors.size());

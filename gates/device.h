@@ -13,7 +13,7 @@ namespace perseid::gates {
 /// Throws ConfigError that names `operation` for devices without kernels.
 kernels::Stream stream_of(const at::Tensor& tensor, const char* operation);
 
-/// Do operations on this tensor run on a GPU?
+/// Do operations on this tensor run on a GPU? False for an undefined one.
 bool is_on_device(const at::Tensor& tensor);
 
 /// The same tensors in host memory; undefined ones stay undefined. All copies are queued, then the

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "gates/device.h"
 #include "gates/linear_router.h"
 #include "kernels/error.h"
 #include "kernels/random.h"
@@ -41,6 +42,7 @@ void require_input(const GateInput& input, const at::Tensor& weight, const char*
   validate(input, weight.size(1), operation);
   require(input.tokens.device() == weight.device(), operation, "tokens.device",
           input.tokens.device(), "differs from weight.device=" + to_text(weight.device()));
+  stream_of(input.tokens, operation);  // throws for devices without kernels
 }
 
 at::Tensor valid_tokens(const GateInput& input) {

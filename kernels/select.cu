@@ -48,7 +48,7 @@ PERSEID_INLINE int64_t end_of_block(const SelectJob<T>& job, int64_t begin) {
 }
 
 // ---- kernels -----------------------------------------------------------------------------------
-/// Registers: 32. Shared: 8 KB. Digits of the keys that have the limit's prefix.
+/// Registers: 32. Shared: 8192. Digits of the keys that have the limit's prefix.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     count_digits_kernel(const SelectJob<T> job, int shift, int bits, bool is_first,

@@ -39,7 +39,7 @@ void Experts::require_inputs(const at::Tensor& rows, const at::Tensor& weights,
   require(routing_plan != nullptr, operation, "plan", "null",
           "is none; make_routing_plan makes it");
   const LocalPlan& plan = routing_plan->local;
-  require(rows.defined(), operation, "rows", "undefined", "must be a tensor");
+  require(rows.defined(), operation, "rows", "undefined", "is no tensor");
   gates::stream_of(rows, operation);  // throws for devices without kernels
   require(weights.defined() && weights.device() == rows.device(), operation, "weights",
           weights.defined() ? gates::describe(weights) + " on " + to_text(weights.device())

@@ -222,7 +222,7 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
   const bool is_device = gates::is_on_device(routing_in.expert_idx);
   if (is_device && num_ranks == 1) {
     require(placement.num_ranks() == 1, kOperation, "placement.num_ranks", placement.num_ranks(),
-            "differs from the 1 rank of the group");
+            "differs from the 1 ranks of the group");
     return device_plan_of_one(routing_in, placement.num_experts());
   }
   comm::CallSite site = options.site;

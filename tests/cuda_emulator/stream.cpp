@@ -1,4 +1,4 @@
-// stream_of for the emulator: every tensor counts as one on a GPU, so that gates and layers take
+// Devices for the emulator: every tensor counts as one on a GPU, so that gates and layers take
 // that path, with LibTorch's CPU operations between our kernels.
 #include <atomic>
 
@@ -14,6 +14,7 @@ namespace gates {
 kernels::Stream stream_of(const at::Tensor&, const char*) {
   return {is_emulated ? kernels::Device::kCuda : kernels::Device::kCpu, nullptr};
 }
+bool is_on_device(const at::Tensor& tensor) { return tensor.defined() && is_emulated; }
 }  // namespace gates
 
 namespace testing {
