@@ -17,7 +17,8 @@ kernels::Stream stream_of(const at::Tensor& tensor, const char* operation);
 bool is_on_device(const at::Tensor& tensor);
 
 /// The same tensors in host memory; undefined ones stay undefined. All copies are queued, then the
-/// host waits once, unless nothing is on a device. Where a layer of a top-k gate waits, it waits here.
+/// host waits once, unless nothing is on a device. Where a layer of a top-k gate waits, it waits
+/// here.
 std::vector<at::Tensor> to_host(const std::vector<at::Tensor>& tensors);
 
 }  // namespace perseid::gates
