@@ -17,9 +17,6 @@ namespace perseid::kernels {
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullWarp = 0xFFFFFFFFu;
 
-/// 16 bytes, the widest access of one thread.
-using Vector = uint4;
-
 inline cudaStream_t native(const Stream& stream) {
   return static_cast<cudaStream_t>(stream.handle);
 }

@@ -1,20 +1,21 @@
 // Payload in device memory: on the GPU or, with tests/cuda_emulator, the emulator; on threads and
-// on processes. Values are those of exchange_test.cpp; what is received was NaN before.
-//   RowsArrive        rank r reads value(s, r, i, c) in (s, i) order, for even and uneven rows,
-//   none
-//                     for one rank, none at all, all rows to one rank, rows of no width
-//   ReversedReturns   exchange, then exchange with reversed(plan): the input, bit for bit
-//   SendIsReusable    the send buffer is overwritten on the stream at once: rows of then arrive
-//   ReduceSums        sums, minima and maxima in closed form for 0, 1, odd counts and several
-//   stages NanStays          a NaN of any rank is the minimum and the maximum GatherOrders,
-//   BroadcastCopies    in closed form OneRankOnHost     a rank that passes host memory: all ranks
-//   say so, and the group stays usable MissingRank       the others throw PeerLost that names it
-//   InSplitGroups     groups of one and of several
+// on processes. Values are those of exchange_payload.h; what is received was NaN before.
+//   RowsArrive       rank r reads value(s, r, i, c) in (s, i) order, for all shapes and for rows of
+//                    no width
+//   ReversedReturns  exchange, then exchange with reversed(plan): the input, bit for bit
+//   SendIsReusable   the send buffer is overwritten on the stream at once: the rows of then arrive
+//   ReduceSums       sums, minima, maxima in closed form for 0, 1, odd counts and several stages
+//   NanStays         a NaN of any rank is the minimum and the maximum
+//   GatherOrders, BroadcastCopies  in closed form
+//   OneRankOnHost    a rank that passes host memory: all ranks say so, and the group stays usable
+//   MissingRank      the others throw PeerLost that names it
+//   InSplitGroups    groups of one and of several
 #include <cmath>
 #include <limits>
 
 #include "comm/collectives.h"
 #include "comm/exchange.h"
+#include "exchange_payload.h"
 #include "ranks.h"
 #include "tests/kernels/device_fixture.h"
 
@@ -36,30 +37,6 @@ class DeviceComm : public ::testing::Test {
     if (kernels::device_count() == 0) GTEST_SKIP() << "needs a GPU: " << kernels::device_problem();
   }
 };
-
-double value(int64_t source, int64_t target, int64_t row, int64_t column) {
-  return static_cast<double>(((source * 16 + target) * 4096 + row) * 16 + column) + 0.5;
-}
-
-enum class Shape { kEven, kUneven, kOneIdle, kNothing, kHot };
-constexpr Shape kShapes[] = {Shape::kEven, Shape::kUneven, Shape::kOneIdle, Shape::kNothing,
-                             Shape::kHot};
-
-int64_t rows_of(Shape shape, int source, int target) {
-  switch (shape) {
-    case Shape::kEven:
-      return 3;
-    case Shape::kUneven:
-      return (source * 3 + target * 5 + 1) % 7;
-    case Shape::kOneIdle:
-      return source == 1 || target == 1 ? 0 : 2 + source;
-    case Shape::kNothing:
-      return 0;
-    case Shape::kHot:
-      return target == 0 ? 2 + source : 0;
-  }
-  return 0;
-}
 
 ExchangePlan make_plan(Shape shape, const Group& group) {
   ExchangePlan plan;

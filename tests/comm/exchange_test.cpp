@@ -15,6 +15,7 @@
 #include <numeric>
 
 #include "comm/collectives.h"
+#include "exchange_payload.h"
 #include "ranks.h"
 
 namespace perseid::testing {
@@ -26,30 +27,6 @@ using comm::RowType;
 using kernels::DType;
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-double value(int64_t source, int64_t target, int64_t row, int64_t column) {
-  return static_cast<double>(((source * 16 + target) * 4096 + row) * 16 + column) + 0.5;
-}
-
-enum class Shape { kEven, kUneven, kOneIdle, kNothing, kHot };
-constexpr Shape kShapes[] = {Shape::kEven, Shape::kUneven, Shape::kOneIdle, Shape::kNothing,
-                             Shape::kHot};
-
-int64_t rows_of(Shape shape, int source, int target) {
-  switch (shape) {
-    case Shape::kEven:
-      return 3;
-    case Shape::kUneven:
-      return (source * 3 + target * 5 + 1) % 7;
-    case Shape::kOneIdle:
-      return source == 1 || target == 1 ? 0 : 2 + source;
-    case Shape::kNothing:
-      return 0;
-    case Shape::kHot:
-      return target == 0 ? 2 + source : 0;
-  }
-  return 0;
-}
 
 ExchangePlan make_plan(Shape shape, const Group& group) {
   std::vector<int64_t> send_rows;

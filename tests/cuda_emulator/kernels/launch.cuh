@@ -204,7 +204,6 @@ namespace perseid::kernels {
 
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullWarp = 0xFFFFFFFFu;
-using Vector = uint4;
 
 template <typename... Parameters, typename... Arguments>
 void launch(const char* operation, void (*kernel)(Parameters...), int64_t blocks, int threads,
