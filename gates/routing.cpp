@@ -2,12 +2,14 @@
 
 #include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
@@ -54,6 +56,23 @@ Tensor sort_key(const Tensor& weights) {
 
 Tensor as_gate_weights(const Tensor& weights) {
   return weights.scalar_type() == at::kDouble ? weights : weights.to(at::kFloat);
+}
+
+/// Are equal weights of each row in the order of their ids? Other weights are: only ids changed.
+template <typename T>
+bool ties_in_order(const Routing& routing) {
+  const T* const weights = routing.weights.const_data_ptr<T>();
+  const int32_t* const ids = routing.expert_idx.const_data_ptr<int32_t>();
+  const Tensor offsets = explicit_offsets(routing).contiguous();
+  const int32_t* const row = offsets.const_data_ptr<int32_t>();
+  for (int64_t t = 0; t < routing.num_tokens; ++t) {
+    for (int64_t a = row[t]; a + 1 < row[t + 1]; ++a) {
+      const bool is_tie = weights[a] == weights[a + 1] ||
+                          (std::isnan(weights[a]) && std::isnan(weights[a + 1]));
+      if (is_tie && ids[a] > ids[a + 1]) return false;
+    }
+  }
+  return true;
 }
 
 bool is_vector(const Tensor& tensor) { return tensor.defined() && tensor.dim() == 1; }
@@ -160,6 +179,30 @@ Routing without_invalid(const Routing& routing, const Tensor& valid) {
   result.token_offsets = offsets_of(row_lengths(explicit_offsets(routing)).mul(valid));
   result.expert_idx = routing.expert_idx.index_select(0, kept);
   result.weights = routing.weights.index_select(0, kept);
+  return result;
+}
+
+Routing renumbered(const Routing& routing, const Tensor& map) {
+  Routing result = routing;
+  result.expert_idx = map.index_select(0, routing.expert_idx);
+  if (routing.scores.defined()) {
+    result.scores = at::empty_like(routing.scores).index_copy_(1, map.to(at::kLong), routing.scores);
+  }
+  result.weights = routing.weights.contiguous();
+  if (!is_on_device(result.expert_idx)) {
+    const bool is_double = result.weights.scalar_type() == at::kDouble;
+    if (is_double ? ties_in_order<double>(result) : ties_in_order<float>(result)) return result;
+  }
+  // By id, then stably by weight, then stably by token. On a GPU always: the host does not look.
+  const Tensor by_id = std::get<1>(at::sort(result.expert_idx));
+  const Tensor by_weight =
+      by_id.index_select(0, std::get<1>(at::sort(sort_key(result.weights).index_select(0, by_id),
+                                                 /*stable=*/true, /*dim=*/0, /*descending=*/true)));
+  const Tensor by_token = std::get<1>(at::sort(token_of_assignment(result).index_select(0, by_weight),
+                                               /*stable=*/true, /*dim=*/0, /*descending=*/false));
+  const Tensor order = by_weight.index_select(0, by_token);
+  result.expert_idx = result.expert_idx.index_select(0, order);
+  result.weights = result.weights.index_select(0, order);
   return result;
 }
 

@@ -42,6 +42,10 @@ Routing routing_from_mask(const at::Tensor& weights, const at::Tensor& is_select
 /// @param valid  [T] bool
 Routing without_invalid(const Routing& routing, const at::Tensor& valid);
 
+/// The same routing with expert e named map[e], its rows in order again.
+/// @param map  [E] int32 on the device of the routing, E experts; not checked
+Routing renumbered(const Routing& routing, const at::Tensor& map);
+
 /// [T+1] int32 offsets, also where they are implicit.
 at::Tensor explicit_offsets(const Routing& routing);
 

@@ -1,8 +1,12 @@
 #include "moe/moe_layer.h"
 
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/repeat_interleave.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/GradMode.h>
 
 #include <algorithm>
 #include <array>
@@ -14,9 +18,12 @@
 #include "gates/describe.h"
 #include "gates/device.h"
 #include "gates/losses.h"
+#include "kernels/combine.h"
 #include "kernels/error.h"
 #include "moe/dispatch.h"
 #include "moe/layer_checks.h"
+#include "moe/layer_permutations.h"
+#include "moe/layer_stats.h"
 #include "moe/ranks_agree.h"
 #include "moe/selection.h"
 #include "moe/tensor_types.h"
@@ -27,69 +34,6 @@ namespace perseid {
 namespace {
 
 constexpr const char* kName = "moe_layer";
-
-/// The fields of gate statistics by how they are added up.
-template <typename Stats, typename Body>
-void for_each_sum(Stats& gate, const Body& body) {
-  for (auto* field : {&gate.num_tokens, &gate.num_assignments, &gate.tokens_without_expert,
-                      &gate.tokens_with_one_expert, &gate.non_finite_tokens, &gate.num_nodes,
-                      &gate.saturated_nodes}) {
-    body(*field);
-  }
-}
-
-/// Sums over ranks of statistics and of the sums that losses need, each kind in one buffer.
-void sum_over_ranks(MoEStats& stats, std::vector<at::Tensor>& loss_sums, const comm::Group& world,
-                    comm::CallSite site) {
-  std::vector<at::Device> homes;
-  for (at::Tensor& sum : loss_sums) {
-    homes.push_back(sum.device());
-    sum = sum.detach().to(at::kDouble).contiguous().clone();
-  }
-  if (world.size() == 1) return;  // the sums over one rank, without a copy of them on the host
-  loss_sums = gates::to_host(loss_sums);
-  std::vector<int64_t> counts = {stats.num_dropped, stats.num_tokens, stats.rows_processed};
-  std::vector<int64_t> maxima;
-  std::vector<double> sums;
-  for (gates::GateStats& gate : stats.gates) {
-    for_each_sum(gate, [&](int64_t field) { counts.push_back(field); });
-    const int64_t* by_expert = gate.tokens_per_expert.const_data_ptr<int64_t>();
-    counts.insert(counts.end(), by_expert, by_expert + gate.tokens_per_expert.numel());
-    maxima.push_back(gate.max_experts_per_token);
-    sums.insert(sums.end(), {gate.entropy_sum, gate.removed_weight});
-  }
-  for (const at::Tensor& sum : loss_sums) {
-    sums.insert(sums.end(), sum.const_data_ptr<double>(),
-                sum.const_data_ptr<double>() + sum.numel());
-  }
-
-  const auto length = [](const auto& values) { return static_cast<int64_t>(values.size()); };
-  comm::all_reduce(counts.data(), length(counts), comm::ReduceOp::kSum, world, site);
-  comm::all_reduce(maxima.data(), length(maxima), comm::ReduceOp::kMax, world, site);
-  comm::all_reduce(sums.data(), length(sums), comm::ReduceOp::kSum, world, site);
-
-  const int64_t* count = counts.data();
-  const double* sum = sums.data();
-  for (int64_t* field : {&stats.num_dropped, &stats.num_tokens, &stats.rows_processed}) {
-    *field = *count++;
-  }
-  for (size_t g = 0; g < stats.gates.size(); ++g) {
-    gates::GateStats& gate = stats.gates[g];
-    for_each_sum(gate, [&](int64_t& field) { field = *count++; });
-    const int64_t num_experts = gate.tokens_per_expert.numel();
-    gate.tokens_per_expert = at::empty_like(gate.tokens_per_expert);
-    std::copy(count, count + num_experts, gate.tokens_per_expert.mutable_data_ptr<int64_t>());
-    count += num_experts;
-    gate.max_experts_per_token = maxima[g];
-    gate.entropy_sum = *sum++;
-    gate.removed_weight = *sum++;
-  }
-  for (at::Tensor& loss_sum : loss_sums) {
-    std::copy(sum, sum + loss_sum.numel(), loss_sum.mutable_data_ptr<double>());
-    sum += loss_sum.numel();
-  }
-  for (size_t i = 0; i < homes.size(); ++i) loss_sums[i] = loss_sums[i].to(homes[i]);
-}
 
 /// Throws Diverged, on all ranks alike, if logits of any rank were not finite.
 void raise_non_finite(int64_t non_finite, const comm::Group& world, const comm::CallSite& site) {
@@ -107,10 +51,10 @@ std::string gate_name(size_t gate, size_t num_gates) {
 struct RankShare {
   int64_t num_tokens;
   int64_t num_valid;
-  std::array<int64_t, 5> settings;  ///< equal on all ranks, see kSettings
+  std::array<int64_t, 6> settings;  ///< equal on all ranks, see kSettings
 };
-constexpr std::array<const char*, 5> kSettings = {"placement.hash", "num_gates", "strict",
-                                                  "training", "has_earlier"};
+constexpr std::array<const char*, 6> kSettings = {"placement.hash", "num_gates",   "strict",
+                                                  "training",       "has_earlier", "expert_map.hash"};
 
 void require_same_settings(const std::vector<RankShare>& all, int rank,
                            const comm::CallSite& site) {
@@ -119,6 +63,23 @@ void require_same_settings(const std::vector<RankShare>& all, int rank,
     for (const RankShare& share : all) values.push_back(share.settings[i]);
     require_same_on_ranks(values, kSettings[i], rank, site);
   }
+}
+
+/// The outputs of the selected experts, weighted and added up. @param outputs [T, E, d_out]
+at::Tensor mix(const at::Tensor& outputs, const Selection& selection) {
+  const int64_t T = outputs.size(0), E = outputs.size(1), width = outputs.size(2);
+  const int64_t G = selection.weights.size(1);
+  const gates::Routing& routing = selection.routing;
+  const at::Tensor offsets = gates::explicit_offsets(routing).contiguous();
+  const at::Tensor token = at::repeat_interleave(
+      offsets.slice(0, 1).sub(offsets.slice(0, 0, -1)).to(at::kLong), routing.num_assignments());
+  const at::Tensor row = token.mul(E).add(routing.expert_idx).to(at::kInt);
+  const at::Tensor weights = selection.weights.detach().to(weight_type(outputs)).contiguous();
+  at::Tensor mixed = at::empty({T, G * width}, outputs.options());
+  kernels::combine(outputs.const_data_ptr(), {int32_data(offsets), 0, int32_data(row)},
+                   weights.const_data_ptr(), G, mixed.mutable_data_ptr(), T, width,
+                   dtype_of(outputs, kName), gates::stream_of(outputs, kName));
+  return mixed;
 }
 
 /// One local plan for a module that every token passes.
@@ -132,46 +93,6 @@ std::shared_ptr<const RoutingPlan> dense_plan(const at::Tensor& tokens) {
 }
 
 }  // namespace
-
-bool MoEStats::is_unread() const {
-  return std::any_of(gates.begin(), gates.end(),
-                     [](const gates::GateStats& gate) { return gate.unread.defined(); });
-}
-
-void MoEStats::read() {
-  std::vector<gates::GateStats*> all;
-  for (gates::GateStats& gate : gates) all.push_back(&gate);
-  gates::read_counts(all);
-}
-
-MoEStats& MoEStats::operator+=(const MoEStats& other_in) {
-  read();
-  MoEStats other = other_in;
-  other.read();
-  require(gates.size() == other.gates.size(), kName, "stats.gates", other.gates.size(),
-          "differs from " + std::to_string(gates.size()) + "; add statistics of one layer");
-  num_dropped += other.num_dropped;
-  num_tokens += other.num_tokens;
-  rows_processed += other.rows_processed;
-  for (size_t g = 0; g < gates.size(); ++g) {
-    gates::GateStats& gate = gates[g];
-    gates::GateStats more = other.gates[g];
-    require(more.tokens_per_expert.defined() && gate.tokens_per_expert.defined() &&
-                more.tokens_per_expert.sizes() == gate.tokens_per_expert.sizes(),
-            kName, "stats.tokens_per_expert", gates::describe(more.tokens_per_expert),
-            "differs from " + gates::describe(gate.tokens_per_expert) +
-                "; add statistics of one layer");
-    std::vector<int64_t> fields;
-    for_each_sum(more, [&](int64_t field) { fields.push_back(field); });
-    auto next = fields.begin();
-    for_each_sum(gate, [&](int64_t& field) { field += *next++; });
-    gate.tokens_per_expert = gate.tokens_per_expert + more.tokens_per_expert;
-    gate.max_experts_per_token = std::max(gate.max_experts_per_token, more.max_experts_per_token);
-    gate.entropy_sum += more.entropy_sum;
-    gate.removed_weight += more.removed_weight;
-  }
-  return *this;
-}
 
 at::Tensor MoEOutput::loss() const {
   at::Tensor sum;
@@ -220,26 +141,91 @@ MoELayer::MoELayer(std::vector<std::shared_ptr<gates::Gate>> gates,
     register_module(gate_name(g, gates_.size()), gates_[g]);
   }
   register_module("experts", experts_);
+  permutations_ = make_permutations(gates_, options_.permutation, options_.layer_id);
+  for (size_t i = 0; i < permutations_.size(); ++i) {
+    register_module(permutations_.size() == 1 ? "permutation" : "permutation_" + std::to_string(i),
+                    permutations_[i]);
+  }
 }
 
 MoEOutput MoELayer::forward(const MoEInput& input) {
   const comm::CallSite site{kName, options_.layer_id, input.step};
-  const comm::Group& ep = groups_.expert_parallel;
   const gates::GateInput gate_input = agree_on_input(input, site);
   Decision decision = decide(gate_input, input.earlier, site);
-  const auto plan =
-      make_routing_plan(decision.selection.routing, placement_, ep, {options_.strict, site});
-  const at::Tensor rows = dispatch(input.tokens, plan, ep, site);
+  at::Tensor shared_output;
+  const at::Tensor mixed =
+      probe_ ? run_probed(input.tokens, decision.selection, &shared_output, site)
+             : run_experts(input.tokens, decision.selection, &shared_output, site);
+  return finish(input, mixed, shared_output, std::move(decision));
+}
+
+at::Tensor MoELayer::run_experts(const at::Tensor& tokens, const Selection& selection,
+                                 at::Tensor* shared_output, comm::CallSite site) {
+  const comm::Group& ep = groups_.expert_parallel;
+  const auto plan = make_routing_plan(selection.routing, placement_, ep, {options_.strict, site});
+  const at::Tensor rows = dispatch(tokens, plan, ep, site);
   const at::Tensor weights =
-      dispatch_weights(decision.selection.weights.to(weight_type(input.tokens)), plan, ep, site);
-  at::Tensor outputs, shared_output;
+      dispatch_weights(selection.weights.to(weight_type(tokens)), plan, ep, site);
+  at::Tensor outputs;
   comm::before_exchange(comm::NextExchange::kRows, ep, site, [&] {
     outputs = experts_->forward(rows, weights, plan);
-    check_expert_output(outputs, rows.size(0), weights.size(1) * experts_->d_out(), input.tokens,
+    check_expert_output(outputs, rows.size(0), weights.size(1) * experts_->d_out(), tokens,
                         "experts.output");
-    shared_output = run_shared(input.tokens);
+    if (shared_output != nullptr) *shared_output = run_shared(tokens);
   });
-  return finish(input, combine(outputs, plan, ep, site), shared_output, std::move(decision));
+  return combine(outputs, plan, ep, site);
+}
+
+at::Tensor MoELayer::run_every_expert(const at::Tensor& tokens, comm::CallSite site) {
+  const int64_t T = tokens.size(0), E = placement_.num_experts();
+  Selection every;
+  comm::agree(groups_.world, site, [&] {
+    const double bytes = static_cast<double>(T) * static_cast<double>(E * experts_->d_out()) *
+                         static_cast<double>(tokens.element_size());
+    require(bytes <= static_cast<double>(probe_->max_bytes), kName, "probe.bytes", bytes,
+            "of outputs of all experts exceed max_bytes=" + to_text(probe_->max_bytes) +
+                "; use fewer held tokens, a higher limit, or probe=none");
+    // A copy of each token for each expert: T*E tokens with one expert each.
+    every.routing.num_tokens = T * E;
+    every.routing.top_k = 1;
+    every.routing.expert_idx = at::arange(E, tokens.options().dtype(at::kInt)).repeat({T});
+    every.routing.weights = at::ones({T * E}, tokens.options().dtype(weight_type(tokens)));
+    every.weights = every.routing.weights.unsqueeze(1);
+  });
+  return run_experts(tokens.repeat_interleave(E, 0), every, nullptr, site)
+      .view({T, E, experts_->d_out()});
+}
+
+at::Tensor MoELayer::run_probed(const at::Tensor& tokens, const Selection& selection,
+                                at::Tensor* shared_output, comm::CallSite site) {
+  LayerProbe& probe = *probe_;
+  ++probe.num_forwards;
+  if (probe.clock) probe.last_forward = ++*probe.clock;
+  const bool keeps_outputs = probe.replay || probe.collect;
+  if (keeps_outputs) {
+    const at::NoGradGuard no_grad;
+    probe.expert_outputs.resize(std::max(probe.expert_outputs.size(), probe.batch + 1));
+    at::Tensor& outputs = probe.expert_outputs[probe.batch];
+    if (!outputs.defined()) outputs = run_every_expert(tokens.detach(), site);
+  }
+  at::Tensor mixed;
+  if (probe.replay) {
+    comm::agree(groups_.world, site, [&] {
+      mixed = mix(probe.expert_outputs[probe.batch], selection);
+      *shared_output = run_shared(tokens);
+    });
+  } else if (probe.record && !keeps_outputs) {
+    Selection watched = selection;
+    probe.pairs = selection.routing;
+    probe.delta = at::zeros_like(selection.weights).requires_grad_();
+    watched.weights = selection.weights + probe.delta;
+    return run_experts(tokens, watched, shared_output, site);
+  } else {
+    mixed = run_experts(tokens, selection, shared_output, site);
+  }
+  if (!probe.record) return mixed;
+  probe.delta = at::zeros_like(mixed).requires_grad_();
+  return mixed + probe.delta;
 }
 
 at::Tensor MoELayer::run_shared(const at::Tensor& tokens) {
@@ -273,7 +259,8 @@ gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite 
   const RankShare mine = {input.tokens.size(0),
                           input.valid ? input.valid->sum().item<int64_t>() : input.tokens.size(0),
                           {placement_.hash(), static_cast<int64_t>(gates_.size()),
-                           options_.strict ? 1 : 0, is_training() ? 1 : 0, input.earlier ? 1 : 0}};
+                           options_.strict ? 1 : 0, is_training() ? 1 : 0, input.earlier ? 1 : 0,
+                           world.size() > 1 ? hash_of(permutations_) : 0}};
   std::vector<RankShare> all(static_cast<size_t>(world.size()));
   comm::all_gather(&mine, sizeof(mine), all.data(), world, site);
   require_same_settings(all, world.rank(), site);
@@ -282,6 +269,14 @@ gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite 
     gate_input.tokens_global += all[r].num_valid;
   }
   return gate_input;
+}
+
+gates::GateOutput MoELayer::run_gate(size_t g, const gates::GateInput& input,
+                                     const std::vector<at::Tensor>& relaxed) {
+  if (permutations_.empty()) return gates_[g]->forward(input);
+  const size_t i = permutation_of(permutations_, g);
+  return permutations_[i]->forward(*gates_[g], input,
+                                   relaxed.empty() ? at::Tensor() : relaxed[i]);
 }
 
 MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
@@ -294,8 +289,15 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
   std::vector<gates::GlobalLoss> global_losses;
   comm::agree(groups_.world, site, [&] {
     int64_t non_finite = 0;
-    for (const auto& gate : gates_) {
-      gates::GateOutput out = gate->forward(input);
+    const std::vector<at::Tensor> relaxed = relax(permutations_, input);
+    for (size_t i = 0; i < relaxed.size(); ++i) {
+      decision.losses.push_back(permutations_[i]->loss(relaxed[i], groups_.world.size()));
+      stats.relaxed_permutations.push_back(relaxed[i].detach());
+    }
+    if (probe_) probe_->output_weights.clear();
+    for (size_t g = 0; g < gates_.size(); ++g) {
+      const auto& gate = gates_[g];
+      gates::GateOutput out = run_gate(g, input, relaxed);
       check_gate_output(out, input.tokens.size(0), *experts_, placement_.num_experts(),
                         gate->name().c_str());
       warn_of_capacity(*gate, out.stats, options_.capacity);
@@ -304,6 +306,10 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
                          placement_.num_experts(),
                          {input.training, input.step, options_.layer_id, input.first_token});
       stats.num_dropped += capped.num_dropped;
+      if (probe_ && probe_->record) {
+        probe_->output_weights.push_back(weights_by_output(
+            *permutations_[permutation_of(permutations_, g)], *gate, input, capped.routing));
+      }
       non_finite += out.stats.non_finite_tokens;
       routings.push_back(std::move(capped.routing));
       balances.push_back(std::move(out.balance));
@@ -374,15 +380,20 @@ void MoELayer::after_step(const MoEStats& stats_in) {
   MoEStats stats = stats_in;
   stats.read();
   check_stats(stats, placement_.num_experts(), gates_.size(), "stats");
-  for (size_t g = 0; g < gates_.size(); ++g) gates_[g]->after_step(stats.gates[g]);
-}
-
-double max_vio(const at::Tensor& tokens_per_expert) {
-  require(tokens_per_expert.defined(), "max_vio", "tokens_per_expert", "undefined",
-          "is not [num_experts]; pass that of the statistics");
-  const at::Tensor counts = tokens_per_expert.to(at::kDouble);
-  const double mean = counts.numel() > 0 ? counts.mean().item<double>() : 0;
-  return mean > 0 ? counts.max().item<double>() / mean - 1 : 0;
+  for (size_t g = 0; g < gates_.size(); ++g) {
+    gates_[g]->after_step(permutations_.empty()
+                              ? stats.gates[g]
+                              : permutations_[permutation_of(permutations_, g)]->by_gate_output(
+                                    stats.gates[g]));
+  }
+  require(stats.relaxed_permutations.empty() ||
+              stats.relaxed_permutations.size() == permutations_.size(),
+          kName, "stats.relaxed_permutations", stats.relaxed_permutations.size(),
+          "differs from the " + to_text(permutations_.size()) + " permutations of the layer");
+  for (size_t i = 0; i < permutations_.size(); ++i) {
+    permutations_[i]->after_step(
+        stats.relaxed_permutations.empty() ? at::Tensor() : stats.relaxed_permutations[i]);
+  }
 }
 
 }  // namespace perseid

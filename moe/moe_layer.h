@@ -7,9 +7,11 @@
 #include <optional>
 #include <vector>
 
+#include "gates/expert_permutation.h"
 #include "gates/gate.h"
 #include "moe/capacity.h"
 #include "moe/experts.h"
+#include "moe/layer_probe.h"
 #include "moe/parallel_groups.h"
 #include "moe/selection.h"
 
@@ -26,6 +28,8 @@ struct MoELayerOptions {
   OnNonFinite on_nonfinite = OnNonFinite::kRaise;
   bool strict = true;  ///< same bits at any number of ranks, see RoutingPlan
   int layer_id = 0;    ///< names the layer in errors and in the headers that ranks compare
+  /// Search over the order in which the outputs of gates meet the experts; none by default.
+  gates::PermutationOptions permutation;
 };
 
 /// Counts of one forward, summed over all ranks; values only.
@@ -34,6 +38,8 @@ struct MoEStats {
   int64_t num_dropped = 0;              ///< assignments lost to capacity
   int64_t num_tokens = 0;               ///< valid tokens
   int64_t rows_processed = 0;  ///< (token, expert) pairs that experts ran, after merging gates
+  /// Of each of MoELayer::permutations(), the Pi of this forward; empty outside of their soft stage.
+  std::vector<at::Tensor> relaxed_permutations;
 
   /// On a GPU, with one rank and OnNonFinite::kCount, some counts stay there, so that a forward
   /// never waits (gates::GateStats::unread); read() fetches them. Otherwise they are read already.
@@ -86,12 +92,23 @@ class MoELayer : public torch::nn::Module {
   /// experts return one; see MoELayerOptions::on_nonfinite and comm::Group. The groups stay usable.
   MoEOutput forward(const MoEInput& input);
 
-  /// Once per optimiser step in training: lets gates move their balancing state.
+  /// Once per optimiser step in training: lets gates move their balancing state and permutations
+  /// theirs.
   void after_step(const MoEStats& stats);
 
   const std::vector<std::shared_ptr<gates::Gate>>& gates() const { return gates_; }
   const std::shared_ptr<Experts>& experts() const { return experts_; }
   const ParallelGroups& groups() const { return groups_; }
+  const MoELayerOptions& options() const { return options_; }
+
+  /// The order in which outputs of gates meet experts, registered as "permutation" or
+  /// "permutation_0" ...: none with PermSearch::kNone, one with PermScope::kShared, else one for
+  /// each gate.
+  const std::vector<std::shared_ptr<gates::ExpertPermutation>>& permutations() const {
+    return permutations_;
+  }
+  /// For searches (moe/permutation_search.h). Null: none. The caller keeps it alive.
+  void set_probe(LayerProbe* probe) { probe_ = probe; }
 
  private:
   /// What the gates decided: which experts run, with which weights, and what it costs.
@@ -102,8 +119,18 @@ class MoELayer : public torch::nn::Module {
     MoEStats stats;
   };
   gates::GateInput agree_on_input(const MoEInput& input, comm::CallSite site) const;
+  gates::GateOutput run_gate(size_t g, const gates::GateInput& input,
+                             const std::vector<at::Tensor>& relaxed);
   Decision decide(const gates::GateInput& input, const std::optional<MoEStats>& earlier,
                   comm::CallSite site);
+  /// Outputs of the selected experts, mixed for each gate. [T, G*d_out]
+  at::Tensor run_experts(const at::Tensor& tokens, const Selection& selection,
+                         at::Tensor* shared_output, comm::CallSite site);
+  /// The same with a probe.
+  at::Tensor run_probed(const at::Tensor& tokens, const Selection& selection,
+                        at::Tensor* shared_output, comm::CallSite site);
+  /// Each expert on each token. [T, E, d_out]
+  at::Tensor run_every_expert(const at::Tensor& tokens, comm::CallSite site);
   at::Tensor run_shared(const at::Tensor& tokens);  ///< undefined without a shared module
   MoEOutput finish(const MoEInput& input, const at::Tensor& combined,
                    const at::Tensor& shared_output, Decision decision);
@@ -111,6 +138,8 @@ class MoELayer : public torch::nn::Module {
   std::vector<std::shared_ptr<gates::Gate>> gates_;
   std::shared_ptr<Experts> experts_;
   std::shared_ptr<Experts> shared_;
+  std::vector<std::shared_ptr<gates::ExpertPermutation>> permutations_;
+  LayerProbe* probe_ = nullptr;
   ExpertPlacement placement_;
   ParallelGroups groups_;
   MoELayerOptions options_;

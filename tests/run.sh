@@ -37,8 +37,9 @@ fi
 perseid_say "building $build"
 perseid_build "$build" all
 perseid_say "testing"
+jobs=$(nproc)  # before the environment of a test says that a rank has one thread
 perseid_mpi_environment
 tests=0
-ctest --preset "$preset" -j "$(nproc)" "$@" || tests=$?
+ctest --preset "$preset" -j "$jobs" "$@" || tests=$?
 [ $style = 0 ] || perseid_say "the style checks failed; their lines stand above the build"
 exit $((tests ? tests : style))
