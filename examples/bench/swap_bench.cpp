@@ -1,4 +1,4 @@
-#include "examples/bench/search_bench.h"
+#include "examples/bench/swap_bench.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -60,7 +60,7 @@ void search_once(Entrant& entrant, const GateProblem& problem, const at::Tensor&
 
 }  // namespace
 
-void run_search_bench(const SearchBenchOptions& options, std::ostream& out) {
+void run_swap_bench(const GatesBenchOptions& options, std::ostream& out) {
   at::set_num_threads(options.threads);
   const LayerCase& shape = options.shape;
   const GateProblem problem = make_gate_problem(shape, options.seed);
