@@ -16,7 +16,8 @@ using examples::one_of;
 
 constexpr int kUsageError = 64;
 constexpr int64_t kManyTokens = int64_t{1} << 24;
-constexpr const char* kCommands = "layer, gates, router, permute, combine, limits or exchange";
+constexpr const char* kCommands =
+    "layer, gates, router, permute, combine, search, limits or exchange";
 
 /// Values from which cases are made.
 struct Words {
@@ -167,11 +168,14 @@ void add_commands(CLI::App& app, Program& program, Words& words) {
       *app.add_subcommand("permute", "order of rows, and their gather, beside LibTorch");
   CLI::App& combine = *app.add_subcommand(
       "combine", "sums of rows over experts, and the transpose, beside LibTorch");
+  CLI::App& search = *app.add_subcommand(
+      "search", "the relaxed permutation of a search, forward and backward, beside LibTorch");
   CLI::App& limits =
       *app.add_subcommand("limits", "bandwidth of a copy and speed of large matrix products");
   CLI::App& exchange = *app.add_subcommand(
       "exchange", "comm::exchange_rows beside MPI_Alltoallv, in the manner of nccl-tests");
-  for (CLI::App* command : {&layer, &gates, &router, &permute, &combine, &limits, &exchange}) {
+  for (CLI::App* command :
+       {&layer, &gates, &router, &permute, &combine, &search, &limits, &exchange}) {
     command->get_formatter()->column_width(46);
   }
   add_layer_flags(layer, program, words);
@@ -188,6 +192,8 @@ void add_commands(CLI::App& app, Program& program, Words& words) {
     add_device(*command, program.device);
     add_run_flags(*command, program.kernel);
   }
+  add_device(search, program.device);
+  add_run_flags(search, program.kernel);
   add_limits_flags(limits, program);
   add_exchange_flags(exchange, program);
 }
@@ -221,6 +227,7 @@ void finish_cases(Program& program, const Words& words) {
   if (!words.suite.empty()) {
     cases = program.command == "router" ? make_router_suite(words.suite) : make_suite(words.suite);
   }
+  if (program.command == "search") cases = search_cases();
   program.layer.cases = cases;
   program.gates.shape = shape;
   program.kernel.bench = program.command;

@@ -12,11 +12,11 @@ namespace perseid::bench {
 
 /// What the command line asks for.
 struct Program {
-  std::string command;  ///< layer, gates, router, permute, combine, limits or exchange
+  std::string command;  ///< layer, gates, router, permute, combine, search, limits or exchange
   std::string device = "cpu";
   LayerBenchOptions layer;
   GatesBenchOptions gates;
-  KernelBenchOptions kernel;  ///< of router, permute and combine
+  KernelBenchOptions kernel;  ///< of router, permute, combine and search
   LimitsBenchOptions limits;
   ExchangeBenchOptions exchange;
   comm::SessionOptions session;  ///< of exchange

@@ -18,12 +18,16 @@ using examples::format_text;
 
 constexpr int64_t kWarmupRounds = 2;
 
+/// Without tokens that have a type and choose experts.
+bool has_no_rows(const std::string& bench) { return bench == "router" || bench == "search"; }
+
 /// Which sizes matter to a bench, in the order of "shape" in its JSON.
 std::vector<std::pair<const char*, int64_t>> sizes_of(const std::string& bench,
                                                       const LayerCase& shape) {
   if (bench == "router") {
     return {{"T", shape.num_tokens}, {"E", shape.num_experts}, {"K", shape.top_k}};
   }
+  if (bench == "search") return {{"E", shape.num_experts}, {"iterations", kSearchIterations}};
   return {
       {"T", shape.num_tokens}, {"D", shape.d_model}, {"E", shape.num_experts}, {"K", shape.top_k}};
 }
@@ -31,6 +35,7 @@ std::vector<std::pair<const char*, int64_t>> sizes_of(const std::string& bench,
 std::vector<Work> works_of(const std::string& bench, const LayerCase& shape, const Place& place,
                            uint64_t seed) {
   if (bench == "router") return router_works(shape, place, seed);
+  if (bench == "search") return search_works(shape, place, seed);
   return bench == "permute" ? permute_works(shape, place, seed) : combine_works(shape, place, seed);
 }
 
@@ -40,7 +45,7 @@ std::string title_of(const std::string& bench, const LayerCase& shape) {
     names += (names.empty() ? "" : ", ") + std::string(name);
     values += (values.empty() ? "" : ", ") + std::to_string(value);
   }
-  const std::string kind = bench == "router"
+  const std::string kind = has_no_rows(bench)
                                ? "float32"
                                : std::string(name_of(shape.dtype)) + " " + name_of(shape.routing);
   return (shape.name.empty() ? "" : shape.name + ": ") + "(" + names + ") = (" + values + ") " +
@@ -74,7 +79,7 @@ void print(const std::string& bench, const Result& result, double copy, std::ost
 
 void write(const KernelBenchOptions& options, const Result& result, double copy, const Place& place,
            examples::JsonLines& json) {
-  const bool is_router = options.bench == "router";
+  const bool is_float = has_no_rows(options.bench);
   std::vector<int64_t> shape;
   for (const auto& [name, value] : sizes_of(options.bench, result.shape)) shape.push_back(value);
   for (size_t i = 0; i < result.works.size(); ++i) {
@@ -84,8 +89,8 @@ void write(const KernelBenchOptions& options, const Result& result, double copy,
         {"name", work.name},
         {"case", result.shape.name},
         {"shape", shape},
-        {"dtype", std::string(is_router ? "float32" : name_of(result.shape.dtype))}};
-    if (!is_router) object.push_back({"routing", std::string(name_of(result.shape.routing))});
+        {"dtype", std::string(is_float ? "float32" : name_of(result.shape.dtype))}};
+    if (!is_float) object.push_back({"routing", std::string(name_of(result.shape.routing))});
     for (examples::JsonField& field :
          examples::JsonObject{{"device", std::string(place.name())},
                               {"threads", int64_t{options.threads}},

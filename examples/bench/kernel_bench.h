@@ -19,7 +19,7 @@ struct Work {
 };
 
 struct KernelBenchOptions {
-  std::string bench;  ///< router, permute or combine
+  std::string bench;  ///< router, permute, combine or search
   std::vector<LayerCase> cases;
   kernels::Device device = kernels::Device::kCpu;
   int threads = 1;
@@ -36,6 +36,13 @@ std::vector<Work> router_works(const LayerCase& shape, const Place& place, uint6
 std::vector<Work> permute_works(const LayerCase& shape, const Place& place, uint64_t seed);
 /// combine and combine_backward beside index_select + sum and its transpose.
 std::vector<Work> combine_works(const LayerCase& shape, const Place& place, uint64_t seed);
+
+/// doubly_stochastic and its backward beside the same steps of LibTorch in float64 and its
+/// autograd, for matrices of E x E.
+std::vector<Work> search_works(const LayerCase& shape, const Place& place, uint64_t seed);
+/// Its cases, and the iterations of each.
+std::vector<LayerCase> search_cases();
+inline constexpr int64_t kSearchIterations = 150;
 
 /// Measures the copy limit, then each case, and prints tables.
 void run_kernel_bench(const KernelBenchOptions& options, std::ostream& out);
