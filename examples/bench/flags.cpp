@@ -17,7 +17,7 @@ using examples::one_of;
 constexpr int kUsageError = 64;
 constexpr int64_t kManyTokens = int64_t{1} << 24;
 constexpr const char* kCommands =
-    "layer, gates, router, permute, combine, search, limits or exchange";
+    "layer, gates, router, permute, combine, search, swap, limits or exchange";
 
 /// Values from which cases are made.
 struct Words {
@@ -170,17 +170,21 @@ void add_commands(CLI::App& app, Program& program, Words& words) {
       "combine", "sums of rows over experts, and the transpose, beside LibTorch");
   CLI::App& search = *app.add_subcommand(
       "search", "the relaxed permutation of a search, forward and backward, beside LibTorch");
+  CLI::App& swap = *app.add_subcommand(
+      "swap", "a round of the search over the order of experts beside a training step, each gate");
   CLI::App& limits =
       *app.add_subcommand("limits", "bandwidth of a copy and speed of large matrix products");
   CLI::App& exchange = *app.add_subcommand(
       "exchange", "comm::exchange_rows beside MPI_Alltoallv, in the manner of nccl-tests");
   for (CLI::App* command :
-       {&layer, &gates, &router, &permute, &combine, &search, &limits, &exchange}) {
+       {&layer, &gates, &router, &permute, &combine, &search, &swap, &limits, &exchange}) {
     command->get_formatter()->column_width(46);
   }
   add_layer_flags(layer, program, words);
-  add_layer_sizes(gates, words);
-  add_run_flags(gates, program.gates);
+  for (CLI::App* command : {&gates, &swap}) {
+    add_layer_sizes(*command, words);
+    add_run_flags(*command, program.gates);
+  }
   for (CLI::App* command : {&router, &permute, &combine}) {
     add_routing_sizes(*command, words.shape);
     if (command != &router) {

@@ -7,15 +7,16 @@
 #include "examples/bench/kernel_bench.h"
 #include "examples/bench/layer_bench.h"
 #include "examples/bench/limits_bench.h"
+#include "examples/bench/swap_bench.h"
 
 namespace perseid::bench {
 
 /// What the command line asks for.
 struct Program {
-  std::string command;  ///< layer, gates, router, permute, combine, search, limits or exchange
+  std::string command;  ///< layer, gates, router, permute, combine, search, swap, limits or exchange
   std::string device = "cpu";
   LayerBenchOptions layer;
-  GatesBenchOptions gates;
+  GatesBenchOptions gates;  ///< of swap, too
   KernelBenchOptions kernel;  ///< of router, permute, combine and search
   LimitsBenchOptions limits;
   ExchangeBenchOptions exchange;

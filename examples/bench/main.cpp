@@ -38,6 +38,7 @@ void run_command(Program& program, kernels::Device device, std::ostream& out) {
   program.layer.device = program.kernel.device = program.limits.device = device;
   if (program.command == "layer") return run_layer_bench(program.layer, out);
   if (program.command == "gates") return run_gates_bench(program.gates, out);
+  if (program.command == "swap") return run_swap_bench(program.gates, out);
   if (program.command == "limits") return run_limits_bench(program.limits, out);
   run_kernel_bench(program.kernel, out);
 }
