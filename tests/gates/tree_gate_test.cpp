@@ -289,18 +289,24 @@ TEST(TreeGate, NotFinite) {
     EXPECT_TRUE(tokens.grad().isfinite().all().item<bool>());
     EXPECT_EQ(tokens.grad()[2].abs().max().item<double>(), 0);
 
-    for (const auto& biases : {std::vector<double>{INFINITY}, {-INFINITY}, {INFINITY, INFINITY}}) {
-      const auto infinite = at.make();
-      const Tensor bias =
-          infinite->named_parameters()[kind == Kind::kComet ? "leaf_bias" : "selector_bias"];
-      for (size_t i = 0; i < biases.size(); ++i) bias.data()[static_cast<int64_t>(i)] = biases[i];
-      tokens = tokens_of(at).set_requires_grad(true);
-      const Tensor coefficients = random_tensor({7, at.E}, 4);
-      const Tensor sum = infinite->tree_weights(input_of(tokens)).sum(1);
-      const Tensor of_forward = dense(infinite->forward(input_of(tokens)), at.E);
-      EXPECT_TRUE(close_to(sum, of_forward, 1e-12)) << at.name();
-      expect_near(gradients_of(*infinite, tokens, sum, coefficients),
-                  gradients_of(*infinite, tokens, of_forward, coefficients), 1e-10, at.name());
+    for (const double gamma : {1., 10.}) {  // leaves and codes that are not reached; none
+      for (const auto& biases :
+           {std::vector<double>{INFINITY}, {-INFINITY}, {INFINITY, INFINITY}}) {
+        TreeCase of_gamma = at;
+        of_gamma.gamma = gamma;
+        const auto infinite = of_gamma.make();
+        const Tensor bias =
+            infinite->named_parameters()[kind == Kind::kComet ? "leaf_bias" : "selector_bias"];
+        for (size_t i = 0; i < biases.size(); ++i) bias.data()[static_cast<int64_t>(i)] = biases[i];
+        tokens = tokens_of(at).set_requires_grad(true);
+        const Tensor coefficients = random_tensor({7, at.E}, 4);
+        const Tensor sum = infinite->tree_weights(input_of(tokens)).sum(1);
+        const Tensor of_forward = dense(infinite->forward(input_of(tokens)), at.E);
+        EXPECT_TRUE(close_to(sum, of_forward, 1e-12)) << of_gamma.name();
+        expect_near(gradients_of(*infinite, tokens, sum, coefficients),
+                    gradients_of(*infinite, tokens, of_forward, coefficients), 1e-10,
+                    of_gamma.name());
+      }
     }
     const auto none = at.make();
     none->named_parameters()[kind == Kind::kComet ? "leaf_bias" : "selector_bias"].data().fill_(
