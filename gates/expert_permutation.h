@@ -46,8 +46,9 @@ SinkhornSchedule sinkhorn_schedule(double rho);
 /// numbers change, so an exchange costs nothing and weights never move between ranks.
 ///
 /// With kSinkhorn there is a soft stage, in training while progress < until: the weights g of a gate
-/// become g Pi, scaled back to the sum of g, where Pi = kernels::doubly_stochastic(phi), so every
-/// expert runs for every token. Equal on every rank, keyed by seed, layer and index.
+/// become g Pi, scaled back to the sum of g, where Pi = kernels::doubly_stochastic(phi): every
+/// expert runs for every token at first, and fewer as entries of Pi fall to exactly 0. Terms of a
+/// load-balance loss are left out. Equal on every rank, keyed by seed, layer and index.
 ///   loss   "permutation_loss": entropy_coeff * the mean over units of the entropies (-p log(p +
 ///          1e-6), summed) of Pi and of Pi with its rows divided by their sums
 ///   map    after each step the assignment that is best for the Pi of that step; outside of training

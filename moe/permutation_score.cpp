@@ -24,7 +24,9 @@ double at(const ScoreMatrix& matrix, int64_t output, int64_t expert, int64_t num
 
 auto order_of(const PermutationCandidate& c) {
   const bool unscored = std::isnan(c.predicted);
-  return std::make_tuple(unscored, unscored ? 0.0 : c.predicted, c.unit, c.a, c.b);
+  // Several units come before one.
+  return std::make_tuple(unscored, unscored ? 0.0 : c.predicted, c.rows.size() == 1,
+                         c.rows.front().first, c.a, c.b);
 }
 bool comes_first(const PermutationCandidate& x, const PermutationCandidate& y) {
   return order_of(x) < order_of(y);
@@ -38,16 +40,27 @@ void add_assignment(const ScoreMatrix& matrix, size_t unit, const std::vector<in
   const auto is_finite = [](double score) { return std::isfinite(score); };
   if (!std::all_of(matrix.unseen.begin(), matrix.unseen.end(), is_known)) return;
   if (!std::all_of(matrix.score.begin(), matrix.score.end(), is_finite)) return;
+  std::vector<int32_t> best(row.size());
+  kernels::assign({E, E}, matrix.score.data(), nullptr, best.data());
+  if (best == row) return;
   PermutationCandidate candidate;
-  candidate.unit = unit;
-  candidate.row.resize(row.size());
-  kernels::assign({E, E}, matrix.score.data(), nullptr, candidate.row.data());
-  if (candidate.row == row) return;
   for (int64_t l = 0; l < E; ++l) {
-    candidate.predicted += at(matrix, l, candidate.row[static_cast<size_t>(l)], E) -
+    candidate.predicted += at(matrix, l, best[static_cast<size_t>(l)], E) -
                            at(matrix, l, row[static_cast<size_t>(l)], E);
   }
+  candidate.rows.emplace_back(unit, std::move(best));
   candidates.push_back(std::move(candidate));
+}
+
+/// All assignments at once, if there are several.
+void add_joint(std::vector<PermutationCandidate>& assignments) {
+  if (assignments.size() < 2) return;
+  PermutationCandidate joint;
+  for (const PermutationCandidate& one : assignments) {
+    joint.predicted += one.predicted;
+    joint.rows.push_back(one.rows.front());
+  }
+  assignments.push_back(std::move(joint));
 }
 
 }  // namespace
@@ -64,15 +77,16 @@ std::vector<PermutationCandidate> best_candidates(const std::vector<ScoreMatrix>
                                                   const std::vector<std::vector<int32_t>>& rows,
                                                   int64_t count) {
   std::vector<PermutationCandidate> candidates;
+  for (size_t u = 0; u < rows.size(); ++u) add_assignment(matrices[u], u, rows[u], candidates);
+  add_joint(candidates);
   for (size_t u = 0; u < rows.size(); ++u) {
     const std::vector<int32_t>& row = rows[u];
     const auto E = static_cast<int64_t>(row.size());
-    add_assignment(matrices[u], u, row, candidates);
     for (int64_t a = 0; a < E; ++a) {
       for (int64_t b = a + 1; b < E; ++b) {
         const int32_t m = row[static_cast<size_t>(a)], n = row[static_cast<size_t>(b)];
         PermutationCandidate candidate;
-        candidate.unit = u;
+        candidate.rows.emplace_back(u, std::vector<int32_t>());
         candidate.a = a;
         candidate.b = b;
         candidate.predicted = at(matrices[u], a, n, E) + at(matrices[u], b, m, E) -
@@ -86,10 +100,10 @@ std::vector<PermutationCandidate> best_candidates(const std::vector<ScoreMatrix>
                     candidates.end(), comes_first);
   candidates.resize(kept);
   for (PermutationCandidate& candidate : candidates) {
-    if (!candidate.row.empty()) continue;
-    candidate.row = rows[candidate.unit];
-    std::swap(candidate.row[static_cast<size_t>(candidate.a)],
-              candidate.row[static_cast<size_t>(candidate.b)]);
+    auto& [unit, row] = candidate.rows.front();
+    if (!row.empty()) continue;
+    row = rows[unit];
+    std::swap(row[static_cast<size_t>(candidate.a)], row[static_cast<size_t>(candidate.b)]);
   }
   return candidates;
 }

@@ -343,9 +343,9 @@ class Search {
     for (size_t c = 0; c < candidates.size(); ++c) {
       if (report_.evaluations >= options_.max_evaluations) break;
       const PermutationCandidate& candidate = candidates[c];
-      set_row(candidate.unit, candidate.row);
-      const double loss = evaluate(units_[candidate.unit].layer);
-      set_row(candidate.unit, best_rows_[candidate.unit]);
+      for (const auto& [unit, row] : candidate.rows) set_row(unit, row);
+      const double loss = evaluate(first_layer_of(candidate));
+      for (const auto& [unit, row] : candidate.rows) set_row(unit, best_rows_[unit]);
       if (loss < lowest) {  // false for a NaN
         lowest = loss;
         chosen = c;
@@ -356,17 +356,31 @@ class Search {
     return true;
   }
 
+  /// The one of its layers that runs first.
+  size_t first_layer_of(const PermutationCandidate& candidate) const {
+    size_t first = units_[candidate.rows.front().first].layer;
+    for (const auto& change : candidate.rows) {
+      const size_t layer = units_[change.first].layer;
+      if (runs_until(layer, first)) first = layer;
+    }
+    return first;
+  }
+
   void accept(const PermutationCandidate& candidate, double loss) {
-    const PermutationUnit& unit = units_[candidate.unit];
-    set_row(candidate.unit, candidate.row);
-    best_rows_[candidate.unit] = candidate.row;
-    report_.moves.push_back({unit.layer, unit.permutation, unit.unit, candidate.a, candidate.b,
-                             candidate.predicted / static_cast<double>(num_batches_),
+    const size_t first_layer = first_layer_of(candidate);
+    for (const auto& [unit, row] : candidate.rows) {
+      set_row(unit, row);
+      best_rows_[unit] = row;
+    }
+    const bool is_joint = candidate.rows.size() > 1;
+    const PermutationUnit& unit = units_[candidate.rows.front().first];
+    report_.moves.push_back({unit.layer, unit.permutation, is_joint ? -1 : unit.unit, candidate.a,
+                             candidate.b, candidate.predicted / static_cast<double>(num_batches_),
                              loss - best_loss_});
     best_loss_ = loss;
-    // The layers after it now read other tokens.
+    // The layers after the first of them now read other tokens.
     for (size_t i = 0; i < layers_.size(); ++i) {
-      if (!runs_until(i, unit.layer)) model_.probes[i].expert_outputs.clear();
+      if (!runs_until(i, first_layer)) model_.probes[i].expert_outputs.clear();
     }
     require_same_maps();
   }
@@ -396,7 +410,7 @@ class Search {
       }
       if (loss < lowest) {
         lowest = loss;
-        best.row = row;
+        best.rows = {{0, row}};
       }
     } while (std::next_permutation(row.begin(), row.end()));
     set_row(0, present);

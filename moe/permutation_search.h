@@ -33,7 +33,8 @@ struct PermutationSearchOptions {
 };
 
 /// An order that was taken: expert_map[unit] of a permutation changed, by an exchange of the experts
-/// of outputs a and b, or as a whole (a = b = -1).
+/// of outputs a and b, or as a whole (a = b = -1); or those of several units at once (unit = -1; layer
+/// and permutation are those of the first).
 struct PermutationMove {
   size_t layer = 0;        ///< place in PermutationSearch::layers()
   size_t permutation = 0;  ///< place in MoELayer::permutations()
@@ -61,7 +62,8 @@ struct PermutationReport {
 /// meets an expert and r[t, m] = <dL/dy_t, f_m(x_t)>,
 ///   M[l, m] = sum over tokens of w[t, l] r[t, m]        in double, one product for each unit
 ///   score of (a, b) = M[a, map b] + M[b, map a] - M[a, map a] - M[b, map b]
-/// ranks the exchanges and the order of least sum M[l, map l], a linear assignment. The score is the
+/// ranks the exchanges and the order of least sum M[l, map l], a linear assignment, of each unit and
+/// of all at once. The score is the
 /// change to first order, so it never decides: the best candidates are evaluated on the held
 /// batches, and the lowest loss is taken if it is lower than the present one. Deterministic; all
 /// ranks decide alike, from sums in rank order.

@@ -344,7 +344,7 @@ TEST(ExpertPermutation, Refuses) {
   const std::vector<Refused> table = {
       {options([](auto& o) { o.until(1.5); }), name, "permutation.until", "1.5", "[0, 1]"},
       {options([](auto& o) { o.until(NAN); }), name, "permutation.until", "nan", "[0, 1]"},
-      {options([](auto& o) { o.entropy_coeff(-1); }), name, "permutation.entropy_coeff", "-1", ""},
+      {options([](auto& o) { o.entropy_coeff(-1); }), name, "permutation.entropy_coeff", "-1", "finite"},
       {options([](auto& o) { o.search(PermSearch::kNone); }), name, "search", "none", "sinkhorn"},
       {[&] { ExpertPermutation(0, 4, swap_options()); }, name, "num_units", "0", "below 1"},
       {[&] { permutation.set_map(at::zeros({2, 3})); }, name, "map", "Float[2, 3]", "integer"},

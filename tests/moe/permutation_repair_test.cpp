@@ -105,7 +105,7 @@ INSTANTIATE_TEST_SUITE_P(
                       Case{"comet", Kind::kComet, PermScope::kShared, 1},
                       Case{"top_k_two_gates", Kind::kTopK, PermScope::kPerGate, 2},
                       Case{"comet_by_tree", Kind::kComet, PermScope::kPerTree, 1}),
-    [](const auto& info) { return std::string(info.param.name); });
+    [](const auto& entry) { return std::string(entry.param.name); });
 
 TEST_P(PermutationRepair, ScrambledOrderIsFound) {
   at::set_num_threads(1);
@@ -127,7 +127,7 @@ TEST_P(PermutationRepair, ScrambledOrderIsFound) {
     uint64_t seed = 77 * static_cast<uint64_t>(trial + 1);
     for (const auto& permutation : layer->permutations()) {
       permutation->set_map(
-          random_tensor({permutation->num_units(), kE}, seed++, 0, 1).argsort(1));
+          random_tensor({permutation->num_units(), kE}, seed++, 0, 1).argsort(int64_t{1}));
     }
     const PermutationReport report =
         PermutationSearch(*layer).search_now(held.size(), held_loss);

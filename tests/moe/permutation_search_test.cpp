@@ -47,7 +47,7 @@ std::vector<int64_t> shuffled(int64_t size, uint64_t seed) {
 
 Tensor random_map(int64_t num_units, int64_t num_experts, uint64_t seed) {
   std::vector<Tensor> rows;
-  for (int64_t u = 0; u < static_cast<int64_t>(scores.size()); ++u) {
+  for (int64_t u = 0; u < num_units; ++u) {
     rows.push_back(at::tensor(shuffled(num_experts, seed * 100 + static_cast<uint64_t>(u))));
   }
   return at::stack(rows);
@@ -129,6 +129,10 @@ std::vector<Outcome> search_constants(int num_ranks, uint64_t seed, Probe probe 
                                                         : each;
     PermutationSearchOptions options;
     options.probe = probe;
+    // All candidates of a round: a squared error is far from its first order here, and the exchange
+    // that helps, which there always is, need not be among those of the best scores.
+    options.candidates_per_round = 1 + kConstants * (kConstants - 1) / 2;
+    options.max_evaluations = 400;
     PermutationSearch search(*layer, options);
     Outcome& mine = outcomes[static_cast<size_t>(world.rank())];
     mine.report = search.search_now(
@@ -144,7 +148,7 @@ TEST(PermutationSearch, ConstantExperts) {
     const std::vector<Outcome> one = search_constants(1, seed);
     EXPECT_GT(one[0].report.loss_before, 1);
     EXPECT_EQ(one[0].report.loss_after, 0);
-    EXPECT_LE(one[0].report.evaluations, 64);
+    EXPECT_LE(one[0].report.evaluations, 400);
     EXPECT_TRUE(one[0].maps[0].equal(identity)) << one[0].maps[0];
     for (const int num_ranks : {2, 4}) {
       for (const Outcome& rank : search_constants(num_ranks, seed)) {
@@ -508,8 +512,9 @@ TEST(PermutationSearch, KeepsState) {
   EXPECT_TRUE(layer.is_training());
   EXPECT_TRUE(layer.experts()->is_training());
   EXPECT_FALSE(layer.gates().front()->is_training());
+  const std::vector<Tensor> after = layer.parameters();
   for (size_t i = 0; i < before.size(); ++i) {
-    const Tensor& parameter = layer.parameters()[i];
+    const Tensor& parameter = after[i];
     EXPECT_TRUE(parameter.equal(before[i]));
     EXPECT_TRUE(parameter.grad().equal(at::ones_like(parameter)));
   }
@@ -567,7 +572,7 @@ TEST(PermutationSearch, Refuses) {
          });
        },
        "permutation_search", "num_forwards", "2", "num_batches=1"},
-      {[&] { PermutationSearch search(*without); }, "permutation_search", "model", "moe_layer",
+      {[&] { PermutationSearch of_plain(*without); }, "permutation_search", "model", "moe_layer",
        "MoELayerOptions::permutation"},
   };
   for (const Refused& row : table) expect_refused(row);
@@ -609,13 +614,15 @@ TEST(PermutationSearch, Interrupted) {
     EXPECT_THROW(PermutationSearch(*model.layer).search_now(1,
                                                             [&](size_t) {
                                                               if (++calls == limit) {
-                                                                throw DataError({"test"});
+                                                                throw DataError({"test", "", "", ""});
                                                               }
                                                               return model.loss();
                                                             }),
                  DataError);
     EXPECT_LE(model.loss().item<double>(), before * (1 + 1e-12));
-    if (limit < 11) EXPECT_TRUE(model.layer->permutations().front()->host_map().equal(start));
+    if (limit < 11) {
+      EXPECT_TRUE(model.layer->permutations().front()->host_map().equal(start));
+    }
   }
 }
 
