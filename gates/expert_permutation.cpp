@@ -45,8 +45,8 @@ bool is_permutation(const int32_t* row, int64_t size) {
 Tensor best_assignment(const Tensor& relaxed) {
   const Tensor cost = relaxed.detach().to(at::kCPU, at::kDouble).neg().contiguous();
   if (!cost.isfinite().all().item<bool>()) {
-    throw Diverged({kOperation, "relaxed", "non-finite",
-                    "has no assignment: phi holds a NaN or an infinity"});
+    throw Diverged(
+        {kOperation, "relaxed", "non-finite", "has no assignment: phi holds a NaN or an infinity"});
   }
   const int64_t U = cost.size(0), E = cost.size(1);
   Tensor map = at::empty({U, E}, at::kInt);
@@ -126,8 +126,8 @@ ExpertPermutation::ExpertPermutation(int64_t num_units, int64_t num_experts,
                                      .with(static_cast<uint64_t>(layer_id))
                                      .with(kScoreKey)
                                      .with(static_cast<uint64_t>(index));
-  phi = register_parameter(
-      "phi", uniform_tensor({num_units, num_experts, num_experts}, kScoreBound, key));
+  phi = register_parameter("phi",
+                           uniform_tensor({num_units, num_experts, num_experts}, kScoreBound, key));
 }
 
 bool ExpertPermutation::is_soft(const GateInput& input) const {
@@ -155,16 +155,13 @@ void ExpertPermutation::freeze() {
   phi.mutable_grad() = Tensor();
 }
 
-GateOutput ExpertPermutation::forward(Gate& gate, const GateInput& input,
-                                      const Tensor& now) const {
+GateOutput ExpertPermutation::forward(Gate& gate, const GateInput& input, const Tensor& now) const {
   const bool per_tree = options_.scope() == PermScope::kPerTree;
   auto* const tree_gate = dynamic_cast<TreeGate*>(&gate);
   if (now.defined()) {
     GateOutput output = gate.forward(input);
-    output.routing =
-        routing_from_dense(mixed_weights(gate, input, output.routing, now, per_tree));
-    const GateStats all =
-        count_assignments(output.routing, num_experts_, output.stats.num_tokens);
+    output.routing = routing_from_dense(mixed_weights(gate, input, output.routing, now, per_tree));
+    const GateStats all = count_assignments(output.routing, num_experts_, output.stats.num_tokens);
     GateStats& stats = output.stats;
     stats.tokens_per_expert = all.tokens_per_expert;
     stats.num_assignments = all.num_assignments;

@@ -25,15 +25,15 @@ struct PermutationOptions {
   void validate(const char* operation) const;
   TORCH_ARG(PermSearch, search) = PermSearch::kNone;
   TORCH_ARG(PermScope, scope) = PermScope::kShared;
-  /// Share of the training, in [0, 1], in which the order is searched; frozen from then on. Published
-  /// runs of kSinkhorn have 0.01 to 0.1.
+  /// Share of the training, in [0, 1], in which the order is searched; frozen from then on.
+  /// Published runs of kSinkhorn have 0.01 to 0.1.
   TORCH_ARG(double, until) = 0.1;
   TORCH_ARG(double, entropy_coeff) = 1e-4;  ///< of "permutation_loss", kSinkhorn
   TORCH_ARG(uint64_t, seed) = 0;
 };
 
-/// Temperature and iterations of the relaxation, at the share rho in [0, 1] of its stage: 10^-(3 + 4
-/// rho) and floor(20 + 130 rho), the schedule of the release.
+/// Temperature and iterations of the relaxation, at the share rho in [0, 1] of its stage: 10^-(3 +
+/// 4 rho) and floor(20 + 130 rho), the schedule of the release.
 struct SinkhornSchedule {
   double temperature;
   int64_t iterations;
@@ -45,13 +45,14 @@ SinkhornSchedule sinkhorn_schedule(double rho);
 /// for. Experts, parameters of gates and their optimiser states stay where they are: only the
 /// numbers change, so an exchange costs nothing and weights never move between ranks.
 ///
-/// With kSinkhorn there is a soft stage, in training while progress < until: the weights g of a gate
-/// become g Pi, scaled back to the sum of g, where Pi = kernels::doubly_stochastic(phi): every
+/// With kSinkhorn there is a soft stage, in training while progress < until: the weights g of a
+/// gate become g Pi, scaled back to the sum of g, where Pi = kernels::doubly_stochastic(phi): every
 /// expert runs for every token at first, and fewer as entries of Pi fall to exactly 0. Terms of a
 /// load-balance loss are left out. Equal on every rank, keyed by seed, layer and index.
 ///   loss   "permutation_loss": entropy_coeff * the mean over units of the entropies (-p log(p +
 ///          1e-6), summed) of Pi and of Pi with its rows divided by their sums
-///   map    after each step the assignment that is best for the Pi of that step; outside of training
+///   map    after each step the assignment that is best for the Pi of that step; outside of
+///   training
 ///          and after the stage nothing but this map is used
 /// Afterwards phi needs no gradient and has none: an optimiser leaves it alone.
 class ExpertPermutation : public torch::nn::Module {

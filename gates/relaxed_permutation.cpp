@@ -43,8 +43,7 @@ struct RelaxedPermutation : torch::autograd::Function<RelaxedPermutation> {
     const Tensor grad = gradients[0].to(scores.scalar_type()).contiguous();
     Tensor grad_scores = at::empty_like(scores);
     kernels::doubly_stochastic_backward(
-        {scores.size(0), scores.size(1)},
-        {ctx->saved_data["temperature"].toDouble(), rows.size(1)},
+        {scores.size(0), scores.size(1)}, {ctx->saved_data["temperature"].toDouble(), rows.size(1)},
         kernel_type(scores.scalar_type()), scores.const_data_ptr(), rows.const_data_ptr<double>(),
         columns.const_data_ptr<double>(), grad.const_data_ptr(), grad_scores.mutable_data_ptr(),
         stream_of(scores, kOperation));

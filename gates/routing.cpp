@@ -67,8 +67,8 @@ bool ties_in_order(const Routing& routing) {
   const int32_t* const row = offsets.const_data_ptr<int32_t>();
   for (int64_t t = 0; t < routing.num_tokens; ++t) {
     for (int64_t a = row[t]; a + 1 < row[t + 1]; ++a) {
-      const bool is_tie = weights[a] == weights[a + 1] ||
-                          (std::isnan(weights[a]) && std::isnan(weights[a + 1]));
+      const bool is_tie =
+          weights[a] == weights[a + 1] || (std::isnan(weights[a]) && std::isnan(weights[a + 1]));
       if (is_tie && ids[a] > ids[a + 1]) return false;
     }
   }
@@ -186,7 +186,8 @@ Routing renumbered(const Routing& routing, const Tensor& map) {
   Routing result = routing;
   result.expert_idx = map.index_select(0, routing.expert_idx);
   if (routing.scores.defined()) {
-    result.scores = at::empty_like(routing.scores).index_copy_(1, map.to(at::kLong), routing.scores);
+    result.scores =
+        at::empty_like(routing.scores).index_copy_(1, map.to(at::kLong), routing.scores);
   }
   result.weights = routing.weights.contiguous();
   if (!is_on_device(result.expert_idx)) {
@@ -198,8 +199,9 @@ Routing renumbered(const Routing& routing, const Tensor& map) {
   const Tensor by_weight =
       by_id.index_select(0, std::get<1>(at::sort(sort_key(result.weights).index_select(0, by_id),
                                                  /*stable=*/true, /*dim=*/0, /*descending=*/true)));
-  const Tensor by_token = std::get<1>(at::sort(token_of_assignment(result).index_select(0, by_weight),
-                                               /*stable=*/true, /*dim=*/0, /*descending=*/false));
+  const Tensor by_token =
+      std::get<1>(at::sort(token_of_assignment(result).index_select(0, by_weight),
+                           /*stable=*/true, /*dim=*/0, /*descending=*/false));
   const Tensor order = by_weight.index_select(0, by_token);
   result.expert_idx = result.expert_idx.index_select(0, order);
   result.weights = result.weights.index_select(0, order);

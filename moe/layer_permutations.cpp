@@ -22,9 +22,9 @@ Permutations make_permutations(const std::vector<std::shared_ptr<gates::Gate>>& 
             "permutation.scope", "per_tree",
             "needs gates with trees or selectors, but " + gate.name() +
                 " has none; choose shared or per_gate");
-    permutations.push_back(std::make_shared<gates::ExpertPermutation>(
-        per_tree ? gate.top_k() : 1, gate.num_experts(), options, layer_id,
-        static_cast<int64_t>(g)));
+    permutations.push_back(
+        std::make_shared<gates::ExpertPermutation>(per_tree ? gate.top_k() : 1, gate.num_experts(),
+                                                   options, layer_id, static_cast<int64_t>(g)));
   }
   return permutations;
 }

@@ -35,6 +35,7 @@ namespace perseid {
 namespace {
 
 constexpr const char* kName = "moe_layer";
+constexpr int64_t kProbeTokens = 512;
 
 /// Throws Diverged, on all ranks alike, if logits of any rank were not finite.
 void raise_non_finite(int64_t non_finite, const comm::Group& world, const comm::CallSite& site) {
@@ -54,8 +55,8 @@ struct RankShare {
   int64_t num_valid;
   std::array<int64_t, 6> settings;  ///< equal on all ranks, see kSettings
 };
-constexpr std::array<const char*, 6> kSettings = {"placement.hash", "num_gates",   "strict",
-                                                  "training",       "has_earlier", "expert_map.hash"};
+constexpr std::array<const char*, 6> kSettings = {
+    "placement.hash", "num_gates", "strict", "training", "has_earlier", "expert_map.hash"};
 
 void require_same_settings(const std::vector<RankShare>& all, int rank,
                            const comm::CallSite& site) {
@@ -188,9 +189,9 @@ MoEOutput MoELayer::forward(const MoEInput& input) {
 at::Tensor MoELayer::run_experts(const at::Tensor& tokens, const Selection& selection,
                                  at::Tensor* shared_output, comm::CallSite site) {
   const comm::Group& ep = groups_.expert_parallel;
-  const auto plan = make_routing_plan(
-      selection.routing, placement_, ep,
-      {options_.strict, site, selection.on_host ? &*selection.on_host : nullptr});
+  const auto plan =
+      make_routing_plan(selection.routing, placement_, ep,
+                        {options_.strict, site, selection.on_host ? &*selection.on_host : nullptr});
   const at::Tensor rows = dispatch(tokens, plan, ep, site);
   const at::Tensor weights =
       dispatch_weights(selection.weights.to(weight_type(tokens)), plan, ep, site);
@@ -206,22 +207,32 @@ at::Tensor MoELayer::run_experts(const at::Tensor& tokens, const Selection& sele
 
 at::Tensor MoELayer::run_every_expert(const at::Tensor& tokens, comm::CallSite site) {
   const int64_t T = tokens.size(0), E = placement_.num_experts();
-  Selection every;
+  at::Tensor outputs;
   comm::agree(groups_.world, site, [&] {
     const double bytes = static_cast<double>(T) * static_cast<double>(E * experts_->d_out()) *
                          static_cast<double>(tokens.element_size());
     require(bytes <= static_cast<double>(probe_->max_bytes), kName, "probe.bytes", bytes,
             "of outputs of all experts exceed max_bytes=" + to_text(probe_->max_bytes) +
-                "; use fewer held tokens, a higher limit, or probe=none");
-    // A copy of each token for each expert: T*E tokens with one expert each.
-    every.routing.num_tokens = T * E;
-    every.routing.top_k = 1;
-    every.routing.expert_idx = at::arange(E, tokens.options().dtype(at::kInt)).repeat({T});
-    every.routing.weights = at::ones({T * E}, tokens.options().dtype(weight_type(tokens)));
-    every.weights = every.routing.weights.unsqueeze(1);
+                "; use fewer held tokens, a higher limit, or probe=selected");
+    outputs = at::empty({T, E, experts_->d_out()}, tokens.options());
   });
-  return run_experts(tokens.repeat_interleave(E, 0), every, nullptr, site)
-      .view({T, E, experts_->d_out()});
+  // In pieces, whose hidden values then stay small; as many on each rank.
+  int64_t longest = T;
+  comm::all_reduce(&longest, 1, comm::ReduceOp::kMax, groups_.world, site);
+  for (int64_t first = 0; first < longest; first += kProbeTokens) {
+    const int64_t begin = std::min(first, T), count = std::min(T - begin, kProbeTokens);
+    // A copy of each token for each expert: count*E tokens with one expert each.
+    Selection every;
+    every.routing.num_tokens = count * E;
+    every.routing.top_k = 1;
+    every.routing.expert_idx = at::arange(E, tokens.options().dtype(at::kInt)).repeat({count});
+    every.routing.weights = at::ones({count * E}, tokens.options().dtype(weight_type(tokens)));
+    every.weights = every.routing.weights.unsqueeze(1);
+    const at::Tensor copies = tokens.narrow(0, begin, count).repeat_interleave(E, 0);
+    outputs.narrow(0, begin, count)
+        .copy_(run_experts(copies, every, nullptr, site).view({count, E, experts_->d_out()}));
+  }
+  return outputs;
 }
 
 at::Tensor MoELayer::run_probed(const at::Tensor& tokens, const Selection& selection,
@@ -303,8 +314,7 @@ gates::GateOutput MoELayer::run_gate(size_t g, const gates::GateInput& input,
                                      const std::vector<at::Tensor>& relaxed) {
   if (permutations_.empty()) return gates_[g]->forward(input);
   const size_t i = permutation_of(permutations_, g);
-  return permutations_[i]->forward(*gates_[g], input,
-                                   relaxed.empty() ? at::Tensor() : relaxed[i]);
+  return permutations_[i]->forward(*gates_[g], input, relaxed.empty() ? at::Tensor() : relaxed[i]);
 }
 
 MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
@@ -413,10 +423,10 @@ void MoELayer::after_step(const MoEStats& stats_in) {
   stats.read();
   check_stats(stats, placement_.num_experts(), gates_.size(), "stats");
   for (size_t g = 0; g < gates_.size(); ++g) {
-    gates_[g]->after_step(permutations_.empty()
-                              ? stats.gates[g]
-                              : permutations_[permutation_of(permutations_, g)]->by_gate_output(
-                                    stats.gates[g]));
+    gates_[g]->after_step(
+        permutations_.empty()
+            ? stats.gates[g]
+            : permutations_[permutation_of(permutations_, g)]->by_gate_output(stats.gates[g]));
   }
   require(stats.relaxed_permutations.empty() ||
               stats.relaxed_permutations.size() == permutations_.size(),

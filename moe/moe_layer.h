@@ -38,7 +38,8 @@ struct MoEStats {
   int64_t num_dropped = 0;              ///< assignments lost to capacity
   int64_t num_tokens = 0;               ///< valid tokens
   int64_t rows_processed = 0;  ///< (token, expert) pairs that experts ran, after merging gates
-  /// Of each of MoELayer::permutations(), the Pi of this forward; empty outside of their soft stage.
+  /// Of each of MoELayer::permutations(), the Pi of this forward; empty outside of their soft
+  /// stage.
   std::vector<at::Tensor> relaxed_permutations;
 
   /// On a GPU, with one rank and OnNonFinite::kCount, some counts stay there, so that a forward

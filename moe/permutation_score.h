@@ -35,16 +35,16 @@ void add_scores(const at::Tensor& weights, const at::Tensor& grads, const at::Te
                 ScoreMatrix& matrix);
 
 struct PermutationCandidate {
-  /// New rows of the map, [E], by place in the list of units; more than one: the best assignments of
-  /// all units at once.
+  /// New rows of the map, [E], by place in the list of units; more than one: the best assignments
+  /// of all units at once.
   std::vector<std::pair<size_t, std::vector<int32_t>>> rows;
   int64_t a = -1, b = -1;  ///< outputs whose experts are exchanged; -1: an assignment
   double predicted = 0;    ///< NaN: not scored
 };
 
-/// The best `count` of these, by score, then unit, a, b, those without a score last: exchanges in each
-/// unit; for each unit whose scores are all known the assignment of least sum, unless it is the
-/// present one; and if several units have one, all of these at once.
+/// The best `count` of these, by score, then unit, a, b, those without a score last: exchanges in
+/// each unit; for each unit whose scores are all known the assignment of least sum, unless it is
+/// the present one; and if several units have one, all of these at once.
 /// @param rows  present row of each unit, [E]
 std::vector<PermutationCandidate> best_candidates(const std::vector<ScoreMatrix>& matrices,
                                                   const std::vector<std::vector<int32_t>>& rows,

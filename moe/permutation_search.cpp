@@ -35,7 +35,8 @@ constexpr const char* kOperation = "permutation_search";
 int64_t factorial(int64_t n) {
   int64_t product = 1;
   for (int64_t i = 2; i <= n; ++i) {
-    if (product > std::numeric_limits<int64_t>::max() / i) return std::numeric_limits<int64_t>::max();
+    if (product > std::numeric_limits<int64_t>::max() / i)
+      return std::numeric_limits<int64_t>::max();
     product *= i;
   }
   return product;
@@ -176,8 +177,7 @@ class Search {
 
   void set_row(size_t u, const std::vector<int32_t>& row) {
     const PermutationUnit& unit = units_[u];
-    gates::ExpertPermutation& permutation =
-        *layers_[unit.layer]->permutations()[unit.permutation];
+    gates::ExpertPermutation& permutation = *layers_[unit.layer]->permutations()[unit.permutation];
     Tensor map = permutation.host_map();
     std::copy(row.begin(), row.end(),
               map.mutable_data_ptr<int32_t>() + unit.unit * permutation.num_experts());
@@ -259,9 +259,9 @@ class Search {
       });
       std::vector<Tensor> deltas;
       for (const LayerProbe& probe : model_.probes) deltas.push_back(probe.delta);
-      const std::vector<Tensor> grads = torch::autograd::grad(
-          {loss}, deltas, {}, /*retain_graph=*/false, /*create_graph=*/false,
-          /*allow_unused=*/true);
+      const std::vector<Tensor> grads =
+          torch::autograd::grad({loss}, deltas, {}, /*retain_graph=*/false, /*create_graph=*/false,
+                                /*allow_unused=*/true);
       for (size_t i = 0; i < layers_.size(); ++i) {
         if (grads[i].defined()) add_layer(i, grads[i], matrices);
         model_.probes[i].output_weights.clear();

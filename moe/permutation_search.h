@@ -32,9 +32,9 @@ struct PermutationSearchOptions {
   int64_t max_bytes = int64_t{1} << 30;
 };
 
-/// An order that was taken: expert_map[unit] of a permutation changed, by an exchange of the experts
-/// of outputs a and b, or as a whole (a = b = -1); or those of several units at once (unit = -1; layer
-/// and permutation are those of the first).
+/// An order that was taken: expert_map[unit] of a permutation changed, by an exchange of the
+/// experts of outputs a and b, or as a whole (a = b = -1); or those of several units at once (unit
+/// = -1; layer and permutation are those of the first).
 struct PermutationMove {
   size_t layer = 0;        ///< place in PermutationSearch::layers()
   size_t permutation = 0;  ///< place in MoELayer::permutations()
@@ -53,8 +53,8 @@ struct PermutationReport {
   std::vector<PermutationMove> moves;  ///< in the order in which they were made
 };
 
-/// Discrete local search over the order in which outputs of gates meet experts, for every layer of a
-/// model whose options have a permutation. An exchange of two experts changes numbers in a table
+/// Discrete local search over the order in which outputs of gates meet experts, for every layer of
+/// a model whose options have a permutation. An exchange of two experts changes numbers in a table
 /// alone. Useful after experts or gates were loaded, copied from a dense model, merged or
 /// re-ordered; from an order that the experts have trained with there is little to gain.
 ///
@@ -62,26 +62,26 @@ struct PermutationReport {
 /// meets an expert and r[t, m] = <dL/dy_t, f_m(x_t)>,
 ///   M[l, m] = sum over tokens of w[t, l] r[t, m]        in double, one product for each unit
 ///   score of (a, b) = M[a, map b] + M[b, map a] - M[a, map a] - M[b, map b]
-/// ranks the exchanges and the order of least sum M[l, map l], a linear assignment, of each unit and
-/// of all at once. The score is the
-/// change to first order, so it never decides: the best candidates are evaluated on the held
-/// batches, and the lowest loss is taken if it is lower than the present one. Deterministic; all
-/// ranks decide alike, from sums in rank order.
+/// ranks the exchanges and the order of least sum M[l, map l], a linear assignment, of each unit
+/// and of all at once. The score is the change to first order, so it never decides: the best
+/// candidates are evaluated on the held batches, and the lowest loss is taken if it is lower than
+/// the present one. Deterministic; all ranks decide alike, from sums in rank order.
 class PermutationSearch {
  public:
   /// Local loss of one held batch: its sum over ranks is the loss, see moe/gradients.h. It runs the
-  /// model once, in evaluation mode, with the same tokens at each call, and leaves out the losses of
-  /// gates; every rank calls it, those without tokens as well.
+  /// model once, in evaluation mode, with the same tokens at each call, and leaves out the losses
+  /// of gates; every rank calls it, those without tokens as well.
   using HeldLoss = std::function<at::Tensor(size_t batch)>;
 
   /// @param model  its layers with a permutation are searched; must outlive the search
   /// Throws ConfigError if there is none, and for options out of range.
   explicit PermutationSearch(torch::nn::Module& model, PermutationSearchOptions options = {});
 
-  /// Collective over the world of the layers. Parameters, gradients, optimiser states, other buffers
-  /// and the random streams of LibTorch stay as they are. If it throws, the order is the best one
-  /// found until then. Throws ConfigError without held batches or if a batch does not run each layer
-  /// exactly once, Diverged on every rank if the loss of the present order is not finite.
+  /// Collective over the world of the layers. Parameters, gradients, optimiser states, other
+  /// buffers and the random streams of LibTorch stay as they are. If it throws, the order is the
+  /// best one found until then. Throws ConfigError without held batches or if a batch does not run
+  /// each layer exactly once, Diverged on every rank if the loss of the present order is not
+  /// finite.
   PermutationReport search_now(size_t num_batches, const HeldLoss& held_loss);
 
   /// M / num_batches of every unit, by layer, permutation and unit: [E, E] float64 by output and

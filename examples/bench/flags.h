@@ -13,10 +13,11 @@ namespace perseid::bench {
 
 /// What the command line asks for.
 struct Program {
-  std::string command;  ///< layer, gates, router, permute, combine, search, swap, limits or exchange
+  std::string
+      command;  ///< layer, gates, router, permute, combine, search, swap, limits or exchange
   std::string device = "cpu";
   LayerBenchOptions layer;
-  GatesBenchOptions gates;  ///< of swap, too
+  GatesBenchOptions gates;    ///< of swap, too
   KernelBenchOptions kernel;  ///< of router, permute, combine and search
   LimitsBenchOptions limits;
   ExchangeBenchOptions exchange;

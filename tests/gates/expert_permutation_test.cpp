@@ -1,8 +1,8 @@
 // Orders in which outputs of gates meet experts.
 //   Schedule     temperature and iterations at both ends, and beyond
 //   Renumbered   ties, NaN and empty rows; equals the routing of the permuted table
-//   Hard         routing, statistics and balance terms by expert, and back; the identity changes no bit
-//   Soft         weights g Pi scaled to the sum of g, in a formula of its own, with gradients
+//   Hard         routing, statistics and balance terms by expert, and back; the identity changes no
+//   bit Soft         weights g Pi scaled to the sum of g, in a formula of its own, with gradients
 //   Stage        the map follows Pi in training alone, and freezes; an optimiser leaves phi alone
 #include "gates/expert_permutation.h"
 
@@ -111,8 +111,7 @@ TEST(ExpertPermutation, RenumberedGradients) {
   const auto loss_weights = random_tensor({2, kE}, 6, -1, 1);
   EXPECT_TRUE(gradients_match(
       [&] {
-        const Routing routing =
-            gates::renumbered(gates::routing_from_dense(table), as_map(kMap));
+        const Routing routing = gates::renumbered(gates::routing_from_dense(table), as_map(kMap));
         return std::vector<Tensor>{gates::dense_weights(routing, kE) * loss_weights};
       },
       {table.masked_fill_(table.eq(0), .05)}, 1e-7));
@@ -226,9 +225,9 @@ TEST(ExpertPermutation, SoftGradients) {
     gates::Gate* gate;
     PermScope scope;
   };
-  for (const Row& row : {Row{top_k.get(), PermScope::kShared}, Row{comet.get(), PermScope::kShared},
-                         Row{comet.get(), PermScope::kPerTree},
-                         Row{dselect.get(), PermScope::kPerTree}}) {
+  for (const Row& row :
+       {Row{top_k.get(), PermScope::kShared}, Row{comet.get(), PermScope::kShared},
+        Row{comet.get(), PermScope::kPerTree}, Row{dselect.get(), PermScope::kPerTree}}) {
     ExpertPermutation permutation(row.scope == PermScope::kPerTree ? 2 : 1, kE,
                                   sinkhorn_options(row.scope));
     soften(permutation);
@@ -319,8 +318,9 @@ TEST(ExpertPermutation, CastsKeepTheMap) {
 }
 
 TEST(ExpertPermutation, SameOnEveryRankAndKeyed) {
-  const ExpertPermutation one(1, kE, sinkhorn_options(), 3, 1), same(1, kE, sinkhorn_options(), 3, 1),
-      other_layer(1, kE, sinkhorn_options(), 4, 1), other_index(1, kE, sinkhorn_options(), 3, 0);
+  const ExpertPermutation one(1, kE, sinkhorn_options(), 3, 1),
+      same(1, kE, sinkhorn_options(), 3, 1), other_layer(1, kE, sinkhorn_options(), 4, 1),
+      other_index(1, kE, sinkhorn_options(), 3, 0);
   EXPECT_TRUE(one.phi.equal(same.phi));
   EXPECT_FALSE(one.phi.equal(other_layer.phi));
   EXPECT_FALSE(one.phi.equal(other_index.phi));
@@ -344,18 +344,28 @@ TEST(ExpertPermutation, Refuses) {
   const std::vector<Refused> table = {
       {options([](auto& o) { o.until(1.5); }), name, "permutation.until", "1.5", "[0, 1]"},
       {options([](auto& o) { o.until(NAN); }), name, "permutation.until", "nan", "[0, 1]"},
-      {options([](auto& o) { o.entropy_coeff(-1); }), name, "permutation.entropy_coeff", "-1", "finite"},
+      {options([](auto& o) { o.entropy_coeff(-1); }), name, "permutation.entropy_coeff", "-1",
+       "finite"},
       {options([](auto& o) { o.search(PermSearch::kNone); }), name, "search", "none", "sinkhorn"},
       {[&] { ExpertPermutation(0, 4, swap_options()); }, name, "num_units", "0", "below 1"},
-      {[&] { permutation.set_map(at::zeros({2, 3})); }, name, "map", "Float[2, 3]", "integer"},
+      {[&] {
+         permutation.set_map(at::zeros({2, 3}));
+       },
+       name, "map", "Float[2, 3]", "integer"},
       {[&] { permutation.set_map(at::arange(3).unsqueeze(0)); }, name, "map", "Long[1, 3]",
        "num_units=2"},
-      {[&] { permutation.set_map(at::tensor({0, 1, 2, 0, 1, 1}).view({2, 3})); }, name, "map.row",
-       "1", "permutation"},
-      {[&] { permutation.set_map(at::tensor({0, 1, 3, 0, 1, 2}).view({2, 3})); }, name, "map.row",
-       "0", "permutation"},
-      {[&] { permutation.after_step(at::zeros({2, 3, 3})); }, name, "relaxed", "Float[2, 3, 3]",
-       "forward"},
+      {[&] {
+         permutation.set_map(at::tensor({0, 1, 2, 0, 1, 1}).view({2, 3}));
+       },
+       name, "map.row", "1", "permutation"},
+      {[&] {
+         permutation.set_map(at::tensor({0, 1, 3, 0, 1, 2}).view({2, 3}));
+       },
+       name, "map.row", "0", "permutation"},
+      {[&] {
+         permutation.after_step(at::zeros({2, 3, 3}));
+       },
+       name, "relaxed", "Float[2, 3, 3]", "forward"},
   };
   for (const Refused& row : table) expect_refused(row);
   EXPECT_TRUE(permutation.host_map().equal(at::arange(3, at::kInt).repeat({2, 1})));

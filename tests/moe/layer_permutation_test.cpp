@@ -1,5 +1,6 @@
 // Layers whose gates meet experts in another order, float64.
-//   EqualsDense      every gate, soft and hard: outputs and all gradients = every expert run on every
+//   EqualsDense      every gate, soft and hard: outputs and all gradients = every expert run on
+//   every
 //                    token with weights of a formula, 1e-12
 //   Ranks            1, 2 and 4 ranks, one of them empty, equal one process, phi as well, 1e-12
 //   BalancingBias    moves by the outputs of the gate, not by the experts
@@ -68,9 +69,9 @@ Tensor dense_output(MoELayer& layer, size_t g, const MoEInput& in) {
   const gates::ExpertPermutation& p =
       *layer.permutations()[layer.permutations().size() == 1 ? 0 : g];
   const bool per_tree = p.options().scope() == PermScope::kPerTree;
-  const Tensor by_output =
-      per_tree ? dynamic_cast<gates::TreeGate&>(gate).tree_weights(input)
-               : gates::dense_weights(gate.forward(input).routing, kE).unsqueeze(1);
+  const Tensor by_output = per_tree
+                               ? dynamic_cast<gates::TreeGate&>(gate).tree_weights(input)
+                               : gates::dense_weights(gate.forward(input).routing, kE).unsqueeze(1);
   Tensor order = at::zeros({p.num_units(), kE, kE}, at::kDouble)
                      .scatter(2, p.expert_map.to(at::kLong).unsqueeze(2), 1);
   if (p.is_soft(input)) order = p.relaxed_now(in.progress);
@@ -101,7 +102,8 @@ Step step_of(MoELayer& layer, const Tensor& values, double progress, Forward&& f
   step.tokens = tokens.grad();
   for (const auto& parameter : layer.named_parameters()) {
     const Tensor& grad = parameter.value().grad();
-    step.gradients[parameter.key()] = grad.defined() ? grad.clone() : at::zeros_like(parameter.value());
+    step.gradients[parameter.key()] =
+        grad.defined() ? grad.clone() : at::zeros_like(parameter.value());
   }
   return step;
 }
@@ -113,11 +115,13 @@ struct Case {
   double progress;
 };
 const std::vector<Case>& cases() {
-  static const std::vector<Case> list = {
-      {PermSearch::kSwap, PermScope::kShared, 0},      {PermSearch::kSwap, PermScope::kPerGate, 0},
-      {PermSearch::kSinkhorn, PermScope::kShared, 0},  {PermSearch::kSinkhorn, PermScope::kPerGate, 0},
-      {PermSearch::kSinkhorn, PermScope::kShared, .7}, {PermSearch::kSwap, PermScope::kPerTree, 0},
-      {PermSearch::kSinkhorn, PermScope::kPerTree, 0}};
+  static const std::vector<Case> list = {{PermSearch::kSwap, PermScope::kShared, 0},
+                                         {PermSearch::kSwap, PermScope::kPerGate, 0},
+                                         {PermSearch::kSinkhorn, PermScope::kShared, 0},
+                                         {PermSearch::kSinkhorn, PermScope::kPerGate, 0},
+                                         {PermSearch::kSinkhorn, PermScope::kShared, .7},
+                                         {PermSearch::kSwap, PermScope::kPerTree, 0},
+                                         {PermSearch::kSinkhorn, PermScope::kPerTree, 0}};
   return list;
 }
 
@@ -146,9 +150,8 @@ TEST_P(LayerPermutation, EqualsDense) {
     for (const int num_gates : {1, 2}) {
       SCOPED_TRACE(std::to_string(static_cast<int>(c.search)) + " " +
                    std::to_string(static_cast<int>(c.scope)) + " " + std::to_string(num_gates));
-      const auto layer =
-          layer_of(gates(num_gates), make_parallel_groups(comm::self_group()),
-                   PermutationOptions().search(c.search).scope(c.scope));
+      const auto layer = layer_of(gates(num_gates), make_parallel_groups(comm::self_group()),
+                                  PermutationOptions().search(c.search).scope(c.scope));
       const Tensor tokens = case_tokens(kTokens);
       const Step sparse = step_of(*layer, tokens, c.progress,
                                   [&](const MoEInput& in) { return layer->forward(in).outputs; });
@@ -219,8 +222,7 @@ std::vector<RankStep> run_ranks(const ConformingGate& gate, const Case& c, int n
       }
     }
     for (const auto& p : layer->permutations()) {
-      step.gradients["map" + std::to_string(step.gradients.size())] =
-          p->host_map().to(at::kDouble);
+      step.gradients["map" + std::to_string(step.gradients.size())] = p->host_map().to(at::kDouble);
     }
   });
   return steps;
@@ -310,8 +312,8 @@ TEST(LayerPermutationState, Training) {
       torch::optim::Adam optimizer(layer->parameters(),
                                    torch::optim::AdamOptions(.02).weight_decay(.1));
       const int64_t count = 12 / num_ranks;
-      const Tensor tokens = random_tensor({12, kDModel}, 30, -1, 1)
-                                .narrow(0, world.rank() * count, count);
+      const Tensor tokens =
+          random_tensor({12, kDModel}, 30, -1, 1).narrow(0, world.rank() * count, count);
       Tensor frozen_phi, frozen_map;
       constexpr int kSteps = 8;
       for (int step = 0; step < kSteps; ++step) {
@@ -353,8 +355,9 @@ TEST(LayerPermutationState, Training) {
       EXPECT_TRUE(copy->permutations().front()->host_map().equal(frozen_map));
       layer->eval();
       copy->eval();
-      EXPECT_TRUE(copy->forward(MoEInput(tokens)).output().equal(
-          layer->forward(MoEInput(tokens)).output()));
+      EXPECT_TRUE(copy->forward(MoEInput(tokens))
+                      .output()
+                      .equal(layer->forward(MoEInput(tokens)).output()));
     });
   }
   ASSERT_EQ(maps.size(), 2u);

@@ -1,6 +1,6 @@
 // A model that was trained, its order then scrambled: the search brings the held loss back to 1e-6
-// relative in at least 95 % of 40 trials, with at most 64 evaluations each. For top-k, DSelect-k and
-// COMET, one order for all, and one for each of two gates or each tree.
+// relative in at least 95 % of 40 trials, with at most 64 evaluations each. For top-k, DSelect-k
+// and COMET, one order for all, and one for each of two gates or each tree.
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 #include <torch/optim/adam.h>
@@ -57,14 +57,13 @@ Batch make_batch(int num_gates, uint64_t seed) {
   const Tensor centres = random_tensor({kDomains, kD}, 1, -2, 2, at::kFloat);
   const Tensor domain = random_tensor({kBatch}, seed, 0, kDomains).floor().to(at::kLong);
   Batch batch;
-  batch.tokens = centres.index_select(0, domain) +
-                 random_tensor({kBatch, kD}, seed + 1, -1, 1, at::kFloat);
+  batch.tokens =
+      centres.index_select(0, domain) + random_tensor({kBatch, kD}, seed + 1, -1, 1, at::kFloat);
   std::vector<Tensor> targets;
   for (int g = 0; g < num_gates; ++g) {
     const Tensor maps =
         random_tensor({kDomains, kD, kOut}, 2 + static_cast<uint64_t>(g), -1, 1, at::kFloat);
-    targets.push_back(
-        at::bmm(batch.tokens.unsqueeze(1), maps.index_select(0, domain)).squeeze(1));
+    targets.push_back(at::bmm(batch.tokens.unsqueeze(1), maps.index_select(0, domain)).squeeze(1));
   }
   batch.targets = at::stack(targets);
   return batch;
@@ -129,18 +128,18 @@ TEST_P(PermutationRepair, ScrambledOrderIsFound) {
       permutation->set_map(
           random_tensor({permutation->num_units(), kE}, seed++, 0, 1).argsort(int64_t{1}));
     }
-    const PermutationReport report =
-        PermutationSearch(*layer).search_now(held.size(), held_loss);
+    const PermutationReport report = PermutationSearch(*layer).search_now(held.size(), held_loss);
     recovered += report.loss_after <= unscrambled * (1 + 1e-6) ? 1 : 0;
     evaluations += report.evaluations;
     most = std::max(most, report.evaluations);
     least_damage = std::min(least_damage, report.loss_before / unscrambled);
   }
   RecordProperty("recovered", recovered);
-  std::printf("%s: held loss %.4f, at least %.2f times that when scrambled; recovered %d of %d, "
-              "evaluations: mean %.1f, max %lld\n",
-              GetParam().name, unscrambled, least_damage, recovered, kTrials,
-              static_cast<double>(evaluations) / kTrials, static_cast<long long>(most));
+  std::printf(
+      "%s: held loss %.4f, at least %.2f times that when scrambled; recovered %d of %d, "
+      "evaluations: mean %.1f, max %lld\n",
+      GetParam().name, unscrambled, least_damage, recovered, kTrials,
+      static_cast<double>(evaluations) / kTrials, static_cast<long long>(most));
   EXPECT_GE(recovered, kTrials * 95 / 100);
   EXPECT_LE(most, 64);
   EXPECT_GT(least_damage, 1);

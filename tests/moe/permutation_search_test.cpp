@@ -1,5 +1,6 @@
 // The search over orders of experts, float64 where bits or differences matter.
-//   ConstantExperts   a one-hot gate, expert m says m, the target is l: every scrambled order is found
+//   ConstantExperts   a one-hot gate, expert m says m, the target is l: every scrambled order is
+//   found
 //                     back, on 1, 2 and 4 ranks, and by the same moves
 //   NeverRaises       20 random models: the loss never rises, evaluations stay within their limit
 //   BruteForce        the best of all orders for up to 6 experts; each round the best exchange
@@ -37,10 +38,10 @@ std::vector<int64_t> shuffled(int64_t size, uint64_t seed) {
   std::vector<int64_t> row(static_cast<size_t>(size));
   std::iota(row.begin(), row.end(), 0);
   for (int64_t i = size - 1; i > 0; --i) {
-    std::swap(row[static_cast<size_t>(i)],
-              row[static_cast<size_t>(kernels::random_below(kernels::random_key(seed),
-                                                            static_cast<uint64_t>(i),
-                                                            static_cast<uint64_t>(i + 1)))]);
+    std::swap(
+        row[static_cast<size_t>(i)],
+        row[static_cast<size_t>(kernels::random_below(
+            kernels::random_key(seed), static_cast<uint64_t>(i), static_cast<uint64_t>(i + 1)))]);
   }
   return row;
 }
@@ -55,8 +56,7 @@ Tensor random_map(int64_t num_units, int64_t num_experts, uint64_t seed) {
 
 void scramble(MoELayer& layer, uint64_t seed) {
   for (const auto& permutation : layer.permutations()) {
-    permutation->set_map(
-        random_map(permutation->num_units(), permutation->num_experts(), seed++));
+    permutation->set_map(random_map(permutation->num_units(), permutation->num_experts(), seed++));
   }
 }
 
@@ -611,13 +611,14 @@ TEST(PermutationSearch, Interrupted) {
   for (const int limit : {2, 5, 12, 15}) {
     model.layer->permutations().front()->set_map(start);
     int calls = 0;
-    EXPECT_THROW(PermutationSearch(*model.layer).search_now(1,
-                                                            [&](size_t) {
-                                                              if (++calls == limit) {
-                                                                throw DataError({"test", "", "", ""});
-                                                              }
-                                                              return model.loss();
-                                                            }),
+    EXPECT_THROW(PermutationSearch(*model.layer)
+                     .search_now(1,
+                                 [&](size_t) {
+                                   if (++calls == limit) {
+                                     throw DataError({"test", "", "", ""});
+                                   }
+                                   return model.loss();
+                                 }),
                  DataError);
     EXPECT_LE(model.loss().item<double>(), before * (1 + 1e-12));
     if (limit < 11) {
