@@ -51,9 +51,8 @@ SinkhornSchedule sinkhorn_schedule(double rho);
 /// load-balance loss are left out. Equal on every rank, keyed by seed, layer and index.
 ///   loss   "permutation_loss": entropy_coeff * the mean over units of the entropies (-p log(p +
 ///          1e-6), summed) of Pi and of Pi with its rows divided by their sums
-///   map    after each step the assignment that is best for the Pi of that step; outside of
-///   training
-///          and after the stage nothing but this map is used
+///   map    after each step the best assignment for the Pi of that step; outside of training and
+///          after the stage nothing but this map is used
 /// Afterwards phi needs no gradient and has none: an optimiser leaves it alone.
 class ExpertPermutation : public torch::nn::Module {
  public:

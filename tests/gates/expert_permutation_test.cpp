@@ -1,8 +1,8 @@
 // Orders in which outputs of gates meet experts.
 //   Schedule     temperature and iterations at both ends, and beyond
 //   Renumbered   ties, NaN and empty rows; equals the routing of the permuted table
-//   Hard         routing, statistics and balance terms by expert, and back; the identity changes no
-//   bit Soft         weights g Pi scaled to the sum of g, in a formula of its own, with gradients
+//   Hard         routing, statistics and balance terms by expert, and back
+//   Soft         weights g Pi scaled to the sum of g, in a formula of its own, with gradients
 //   Stage        the map follows Pi in training alone, and freezes; an optimiser leaves phi alone
 #include "gates/expert_permutation.h"
 

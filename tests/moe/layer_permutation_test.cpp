@@ -1,8 +1,7 @@
 // Layers whose gates meet experts in another order, float64.
-//   EqualsDense      every gate, soft and hard: outputs and all gradients = every expert run on
-//   every
-//                    token with weights of a formula, 1e-12
-//   Ranks            1, 2 and 4 ranks, one of them empty, equal one process, phi as well, 1e-12
+//   EqualsDense      every gate, soft and hard: outputs and all gradients are those of every expert
+//                    run on every token with weights of a formula, 1e-11 and 1e-10
+//   Ranks            1, 2 and 4 ranks, one of them empty, equal one process, 1e-11
 //   BalancingBias    moves by the outputs of the gate, not by the experts
 //   Training         a relaxed order through its whole stage: equal on all ranks, saved and loaded
 //   Refuses          scopes without trees, ranks with different orders

@@ -1,6 +1,5 @@
 // The search over orders of experts, float64 where bits or differences matter.
-//   ConstantExperts   a one-hot gate, expert m says m, the target is l: every scrambled order is
-//   found
+//   ConstantExperts   a one-hot gate, expert m says m, the target is l: a scrambled order is found
 //                     back, on 1, 2 and 4 ranks, and by the same moves
 //   NeverRaises       20 random models: the loss never rises, evaluations stay within their limit
 //   BruteForce        the best of all orders for up to 6 experts; each round the best exchange
