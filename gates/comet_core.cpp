@@ -22,10 +22,12 @@ using torch::autograd::variable_list;
 
 constexpr const char* kOperation = "comet_gate";
 
-kernels::CometInput kernel_input(const Tensor& splits, const Tensor& leaves, const Tensor& valid) {
+kernels::CometInput kernel_input(const Tensor& splits, const Tensor& leaves,
+                                 const Tensor& expert_map, const Tensor& valid) {
   kernels::CometInput input;
   input.split_logits = splits.const_data_ptr();
   input.leaf_logits = leaves.const_data_ptr();
+  input.expert_map = static_cast<const int32_t*>(data_or_null(expert_map));
   input.valid = static_cast<const uint8_t*>(data_or_null(valid));  // a bool is one byte, 0 or 1
   return input;
 }
@@ -60,7 +62,8 @@ struct CometCore : torch::autograd::Function<CometCore> {
     output.saturated_nodes = counters.saturated_nodes();
     output.non_finite_tokens = counters.non_finite_tokens();
     kernels::comet(shape, options.kernel, kernel_type(type),
-                   kernel_input(splits, leaves, is_static ? Tensor() : valid), output, stream);
+                   kernel_input(splits, leaves, options.expert_map, is_static ? Tensor() : valid),
+                   output, stream);
 
     Tensor table = weights;
     if (is_static) {
@@ -73,7 +76,7 @@ struct CometCore : torch::autograd::Function<CometCore> {
     *counts = counters.read(is_static ? options.num_valid : 1);
 
     ctx->save_for_backward({features, split_weight, leaf_weight, valid_in, splits, leaves, weights,
-                            rows.token_offsets, rows.expert_idx});
+                            rows.token_offsets, rows.expert_idx, options.expert_map});
     ctx->mark_non_differentiable({rows.token_offsets, rows.expert_idx});
     ctx->set_materialize_grads(false);
     ctx->saved_data["gamma"] = options.kernel.gamma;
@@ -116,7 +119,7 @@ struct CometCore : torch::autograd::Function<CometCore> {
     }
     const Tensor grad_splits = at::empty_like(splits), grad_leaves = at::empty_like(leaves);
     kernels::comet_backward(shape, options, kernel_type(type),
-                            kernel_input(splits, leaves, is_static ? Tensor() : valid),
+                            kernel_input(splits, leaves, saved[9], is_static ? Tensor() : valid),
                             {weights.const_data_ptr(), data_or_null(grad_weights),
                              static_cast<const double*>(data_or_null(grad_entropy_sum))},
                             grad_splits.mutable_data_ptr(), grad_leaves.mutable_data_ptr(),

@@ -21,6 +21,7 @@ struct CometCoreOptions {
   int64_t num_trees = 0;
   int64_t num_tokens = 0;
   int64_t num_valid = 0;
+  at::Tensor expert_map;  ///< [K, E] int32, contiguous; undefined: leaf l is expert l
   Descent descent = Descent::kAuto;
 };
 

@@ -6,6 +6,7 @@
 #include "gates/fixed_gate.h"
 #include "gates/linear_router.h"
 #include "gates/smooth_step_gate.h"
+#include "gates/tree_parts.h"
 
 namespace perseid::gates {
 namespace {
@@ -13,10 +14,24 @@ namespace {
 constexpr const char* kOperation = "comet_gate";
 constexpr double kLeafBound = 0.05;
 
+/// Of a gate with more than one expert.
+void require_parameters(const CometGate& gate, const GateInput& input) {
+  const int64_t E = gate.num_experts(), K = gate.top_k(), D = gate.options().d_model();
+  if (gate.options().per_token()) {
+    require_shape(gate.split_weight, {K * (E - 1), D}, kOperation, "split_weight");
+    require_shape(gate.leaf_weight, {K * E, D}, kOperation, "leaf_weight");
+  }
+  require_shape(gate.split_bias, {K * (E - 1)}, kOperation, "split_bias");
+  require_shape(gate.leaf_bias, {K * E}, kOperation, "leaf_bias");
+  require(input.tokens.device() == gate.leaf_bias.device(), kOperation, "tokens.device",
+          input.tokens.device(),
+          "differs from leaf_bias.device=" + to_text(gate.leaf_bias.device()));
+}
+
 }  // namespace
 
 CometGate::CometGate(const CometGateOptions& options)
-    : Gate(kOperation, options.num_experts(), options.top_k()), options_(options) {
+    : TreeGate(kOperation, options.num_experts(), options.top_k()), options_(options) {
   validate_smooth_step(options, kOperation);
   const int64_t E = options.num_experts(), K = options.top_k(), D = options.d_model();
   if (E == 1) return;
@@ -33,9 +48,10 @@ CometGate::CometGate(const CometGateOptions& options)
   leaf_bias = register_parameter("leaf_bias", uniform_tensor({K * E}, kLeafBound, key.with(3)));
 }
 
-GateOutput CometGate::forward(const GateInput& input) {
+GateOutput CometGate::forward_mapped(const GateInput& input, const at::Tensor& expert_map) {
   gates::validate(input, options_.d_model(), kOperation);
   const at::Tensor& tokens = input.tokens;
+  const at::Tensor map = checked_expert_map(expert_map, *this, tokens.device(), kOperation);
   if (num_experts() == 1) {
     GateOutput output = one_expert_per_token(
         input, at::zeros({tokens.size(0)}, tokens.options().dtype(at::kInt)), 1);
@@ -43,15 +59,7 @@ GateOutput CometGate::forward(const GateInput& input) {
                            output);
     return output;
   }
-  const int64_t E = num_experts(), K = top_k(), D = options_.d_model();
-  if (options_.per_token()) {
-    require_shape(split_weight, {K * (E - 1), D}, kOperation, "split_weight");
-    require_shape(leaf_weight, {K * E, D}, kOperation, "leaf_weight");
-  }
-  require_shape(split_bias, {K * (E - 1)}, kOperation, "split_bias");
-  require_shape(leaf_bias, {K * E}, kOperation, "leaf_bias");
-  require(tokens.device() == leaf_bias.device(), kOperation, "tokens.device", tokens.device(),
-          "differs from leaf_bias.device=" + to_text(leaf_bias.device()));
+  require_parameters(*this, input);
   CometCoreOptions core;
   core.kernel.gamma = options_.gamma();
   core.kernel.min_weight = options_.min_weight();
@@ -61,6 +69,7 @@ GateOutput CometGate::forward(const GateInput& input) {
   core.num_trees = top_k();
   core.num_tokens = tokens.size(0);
   core.num_valid = count_valid(input);
+  core.expert_map = map;
 
   const at::Tensor features =
       options_.per_token()
@@ -75,6 +84,21 @@ GateOutput CometGate::forward(const GateInput& input) {
       smooth_step_output(result, counts, input, num_experts(), core.num_valid, kOperation);
   add_smooth_step_losses(options_, result.entropy_sum, input, output);
   return output;
+}
+
+at::Tensor CometGate::tree_weights(const GateInput& input) {
+  gates::validate(input, options_.d_model(), kOperation);
+  if (num_experts() == 1) return one_expert_tree_weights(input);
+  require_parameters(*this, input);
+  const auto logits_of = [&](const at::Tensor& weight, const at::Tensor& bias) {
+    if (!options_.per_token()) return bias.to(router_compute_type(bias)).unsqueeze(0);
+    return linear_logits(router_features(input, options_.input_norm(), weight), weight, bias,
+                         input.valid.value_or(at::Tensor()));
+  };
+  return for_tokens(
+      comet_tree_weights(logits_of(split_weight, split_bias), logits_of(leaf_weight, leaf_bias),
+                         top_k(), options_.gamma()),
+      input);
 }
 
 }  // namespace perseid::gates

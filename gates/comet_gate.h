@@ -1,8 +1,8 @@
 #pragma once
 #include <torch/arg.h>
 
-#include "gates/gate.h"
 #include "gates/schedule.h"
+#include "gates/tree_gate.h"
 
 namespace perseid::gates {
 
@@ -50,11 +50,12 @@ struct CometGateOptions {
 /// tokens, trees, leaves of -v log(v + 1e-6); "balance_loss" (global) if balance_coeff is not 0.
 /// A token with a NaN in its logits goes to experts 0 .. K-1 with NaN weights. Keeps features, both
 /// logits [T, K*(2E-1)] and weights [T, E] for the backward; no second derivatives.
-class CometGate : public Gate {
+class CometGate : public TreeGate {
  public:
   /// Throws ConfigError for options out of range, naming option, value and limit.
   explicit CometGate(const CometGateOptions& options);
-  GateOutput forward(const GateInput& input) override;
+  GateOutput forward_mapped(const GateInput& input, const at::Tensor& expert_map) override;
+  at::Tensor tree_weights(const GateInput& input) override;
 
   const CometGateOptions& options() const { return options_; }
   at::Tensor split_weight, split_bias, leaf_weight, leaf_bias;  ///< undefined where not used

@@ -20,9 +20,11 @@ using torch::autograd::variable_list;
 
 constexpr const char* kOperation = "dselect_k_gate";
 
-kernels::DSelectKInput kernel_input(const Tensor& logits, const Tensor& valid) {
+kernels::DSelectKInput kernel_input(const Tensor& logits, const Tensor& expert_map,
+                                    const Tensor& valid) {
   kernels::DSelectKInput input;
   input.logits = logits.const_data_ptr();
+  input.expert_map = static_cast<const int32_t*>(data_or_null(expert_map));
   input.valid = static_cast<const uint8_t*>(data_or_null(valid));  // a bool is one byte, 0 or 1
   return input;
 }
@@ -65,9 +67,10 @@ struct DSelectKCore : torch::autograd::Function<DSelectKCore> {
     output.num_switches = counters.num_nodes();
     output.saturated_switches = counters.saturated_nodes();
     output.non_finite_tokens = counters.non_finite_tokens();
-    kernels::dselect_k(shape, options.kernel, kernel_type(logits.scalar_type()),
-                       kernel_input(logits, options.per_token ? valid : Tensor()), output,
-                       stream_of(logits, kOperation));
+    kernels::dselect_k(
+        shape, options.kernel, kernel_type(logits.scalar_type()),
+        kernel_input(logits, options.expert_map, options.per_token ? valid : Tensor()), output,
+        stream_of(logits, kOperation));
 
     Tensor table = weights;
     if (!options.per_token) {
@@ -80,7 +83,8 @@ struct DSelectKCore : torch::autograd::Function<DSelectKCore> {
     const RaggedTable rows = ragged_of(table, /*with_positions=*/false);
     *counts = counters.read(options.per_token ? 1 : options.num_valid);
 
-    ctx->save_for_backward({logits, valid_in, weights, rows.token_offsets, rows.expert_idx});
+    ctx->save_for_backward(
+        {logits, valid_in, weights, rows.token_offsets, rows.expert_idx, options.expert_map});
     ctx->mark_non_differentiable({rows.token_offsets, rows.expert_idx});
     ctx->set_materialize_grads(false);
     save_options(*ctx, options);
@@ -111,11 +115,12 @@ struct DSelectKCore : torch::autograd::Function<DSelectKCore> {
       return static_cast<const double*>(data_or_null(sum));
     };
     Tensor grad_logits = at::empty_like(logits);
-    kernels::dselect_k_backward(shape, saved_options(*ctx), kernel_type(type),
-                                kernel_input(logits, per_token ? or_undefined(saved[1]) : Tensor()),
-                                {weights.const_data_ptr(), data_or_null(grad_weights),
-                                 data(grad_entropy_sum), data(grad_penalty_sum)},
-                                grad_logits.mutable_data_ptr(), stream_of(logits, kOperation));
+    kernels::dselect_k_backward(
+        shape, saved_options(*ctx), kernel_type(type),
+        kernel_input(logits, saved[5], per_token ? or_undefined(saved[1]) : Tensor()),
+        {weights.const_data_ptr(), data_or_null(grad_weights), data(grad_entropy_sum),
+         data(grad_penalty_sum)},
+        grad_logits.mutable_data_ptr(), stream_of(logits, kOperation));
     return {grad_logits, Tensor(), Tensor(), Tensor()};
   }
 };

@@ -17,6 +17,7 @@ struct DSelectKCoreOptions {
   int64_t num_tokens = 0;
   int64_t num_valid = 0;
   bool per_token = true;
+  at::Tensor expert_map;  ///< [K, E] int32, contiguous; undefined: code j is expert j
 };
 
 struct DSelectKResult {

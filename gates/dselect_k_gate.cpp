@@ -7,6 +7,7 @@
 #include "gates/fixed_gate.h"
 #include "gates/linear_router.h"
 #include "gates/smooth_step_gate.h"
+#include "gates/tree_parts.h"
 
 namespace perseid::gates {
 namespace {
@@ -21,6 +22,13 @@ at::Tensor form_logits(const DSelectKGate& gate, const GateInput& input) {
   const at::Tensor weight = at::cat({gate.code_weight, gate.selector_weight});
   return linear_logits(router_features(input, gate.options().input_norm(), weight), weight, bias,
                        input.valid.value_or(at::Tensor()));
+}
+
+/// Of a gate with more than one expert.
+void require_device(const DSelectKGate& gate, const GateInput& input) {
+  require(input.tokens.device() == gate.code_bias.device(), kOperation, "tokens.device",
+          input.tokens.device(),
+          "differs from code_bias.device=" + to_text(gate.code_bias.device()));
 }
 
 /// All losses of a gate, from the sums over tokens.
@@ -39,7 +47,7 @@ void add_losses(const DSelectKGateOptions& options, const at::Tensor& entropy_su
 }  // namespace
 
 DSelectKGate::DSelectKGate(const DSelectKGateOptions& options)
-    : Gate(kOperation, options.num_experts(), options.top_k()), options_(options) {
+    : TreeGate(kOperation, options.num_experts(), options.top_k()), options_(options) {
   validate_smooth_step(options, kOperation);
   require_coefficient(kOperation, "penalty_coeff", options.penalty_coeff());
   const int64_t K = options.top_k(), D = options.d_model();
@@ -59,9 +67,10 @@ DSelectKGate::DSelectKGate(const DSelectKGateOptions& options)
       register_parameter("selector_bias", uniform_tensor({K}, kSelectorBound, key.with(3)));
 }
 
-GateOutput DSelectKGate::forward(const GateInput& input) {
+GateOutput DSelectKGate::forward_mapped(const GateInput& input, const at::Tensor& expert_map) {
   gates::validate(input, options_.d_model(), kOperation);
   const at::Tensor& tokens = input.tokens;
+  const at::Tensor map = checked_expert_map(expert_map, *this, tokens.device(), kOperation);
   if (num_experts() == 1) {
     GateOutput output = one_expert_per_token(
         input, at::zeros({tokens.size(0)}, tokens.options().dtype(at::kInt)), 1);
@@ -69,8 +78,7 @@ GateOutput DSelectKGate::forward(const GateInput& input) {
     add_losses(options_, zero, zero, input, output);
     return output;
   }
-  require(tokens.device() == code_bias.device(), kOperation, "tokens.device", tokens.device(),
-          "differs from code_bias.device=" + to_text(code_bias.device()));
+  require_device(*this, input);
   DSelectKCoreOptions core;
   core.kernel.gamma = options_.gamma();
   core.kernel.min_weight = options_.min_weight();
@@ -81,6 +89,7 @@ GateOutput DSelectKGate::forward(const GateInput& input) {
   core.num_tokens = tokens.size(0);
   core.num_valid = count_valid(input);
   core.per_token = options_.per_token();
+  core.expert_map = map;
 
   SmoothStepCounts counts;
   const DSelectKResult result =
@@ -89,6 +98,15 @@ GateOutput DSelectKGate::forward(const GateInput& input) {
       smooth_step_output(result.rows, counts, input, num_experts(), core.num_valid, kOperation);
   add_losses(options_, result.rows.entropy_sum, result.penalty_sum, input, output);
   return output;
+}
+
+at::Tensor DSelectKGate::tree_weights(const GateInput& input) {
+  gates::validate(input, options_.d_model(), kOperation);
+  if (num_experts() == 1) return one_expert_tree_weights(input);
+  require_device(*this, input);
+  return for_tokens(dselect_k_tree_weights(form_logits(*this, input), num_experts(), top_k(),
+                                           options_.gamma(), options_.renormalize()),
+                    input);
 }
 
 }  // namespace perseid::gates

@@ -1,8 +1,8 @@
 #pragma once
 #include <torch/arg.h>
 
-#include "gates/gate.h"
 #include "gates/schedule.h"
+#include "gates/tree_gate.h"
 
 namespace perseid::gates {
 
@@ -54,11 +54,12 @@ struct DSelectKGateOptions {
 /// two; "balance_loss" (global). Each only if its coefficient is not 0. A mean divides by
 /// tokens_global. A token with a NaN in its logits goes to experts 0 .. K-1 with NaN weights. Keeps
 /// features, logits [T, K*(bits+1)] and weights [T, E] for the backward; no second derivatives.
-class DSelectKGate : public Gate {
+class DSelectKGate : public TreeGate {
  public:
   /// Throws ConfigError for options out of range, naming option, value and limit.
   explicit DSelectKGate(const DSelectKGateOptions& options);
-  GateOutput forward(const GateInput& input) override;
+  GateOutput forward_mapped(const GateInput& input, const at::Tensor& expert_map) override;
+  at::Tensor tree_weights(const GateInput& input) override;
 
   const DSelectKGateOptions& options() const { return options_; }
   at::Tensor code_weight, code_bias, selector_weight, selector_bias;  ///< undefined if not used

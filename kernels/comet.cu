@@ -4,33 +4,17 @@
 // of the logits, over tokens in double, all in a fixed order. Limit: 2^31 - 1 values of a token.
 #include "kernels/comet_warp.cuh"
 #include "kernels/cuda_launchers.h"
+#include "kernels/expert_chain.cuh"
 
 namespace perseid::kernels {
 namespace {
-
-constexpr int kThreads = 128;
-
-/// Registers: 32. The leaves of each expert in ascending order without a write of two threads to
-/// one place: chain[m] is the first leaf of expert m, chain[E + x] the next one of leaf x's expert;
-/// num_leaves: there is none. One thread an entry, which walks over the map.
-__global__ void __launch_bounds__(kThreads)
-    chain_kernel(const int32_t* __restrict__ map, int32_t* __restrict__ chain, int num_experts,
-                 int num_leaves) {
-  const int n = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
-  if (n >= num_experts + num_leaves) return;
-  const bool is_first = n < num_experts;
-  const int32_t expert = is_first ? n : map[n - num_experts];
-  int leaf = is_first ? 0 : n - num_experts + 1;
-  while (leaf < num_leaves && map[leaf] != expert) ++leaf;
-  chain[n] = leaf;
-}
 
 template <typename T>
 struct Forward {
   using Element = T;
   static constexpr bool kHasSums = true;
   CometCall<T> call;
-  const int32_t* chain;  ///< null without a map
+  const int32_t* chain;  ///< of leaves, see expert_chain_kernel; null without a map
   T* weights;
   bool needs_entropy;
 
@@ -128,16 +112,12 @@ struct Forward {
 
 void cuda::comet(const CometShape& shape, const CometOptions& options, DType dtype,
                  const CometInput& input, const CometOutput& output, const Stream& stream) {
-  const int64_t num_chained = shape.num_experts * (shape.num_trees + 1);
   DeviceMemory chain;
   dispatch_float_dtype(dtype, "comet", [&](auto tag) {
     using T = decltype(tag);
     const CometCall<T> call(shape, options, input);
     if (input.expert_map != nullptr && output.weights != nullptr && shape.num_tokens > 0) {
-      chain = DeviceMemory(num_chained * int64_t{sizeof(int32_t)}, stream);
-      launch("comet", &chain_kernel, ceil_div(num_chained, kThreads), kThreads, stream,
-             input.expert_map, chain.as<int32_t>(), call.num_experts,
-             call.num_experts * call.num_trees);
+      chain = expert_chain("comet", input.expert_map, call.num_trees, call.num_experts, stream);
     }
     const TokenSumTargets targets{
         {output.entropy_sum, nullptr, output.removed_weight},

@@ -3,6 +3,7 @@
 #include "kernels/assignment.h"
 #include "kernels/combine.h"
 #include "kernels/comet.h"
+#include "kernels/doubly_stochastic.h"
 #include "kernels/dselect_k.h"
 #include "kernels/hash.h"
 #include "kernels/permute.h"
@@ -53,6 +54,14 @@ void comet(const CometShape& shape, const CometOptions& options, DType dtype,
 void comet_backward(const CometShape& shape, const CometOptions& options, DType dtype,
                     const CometInput& input, const CometGradInput& grad, void* grad_split_logits,
                     void* grad_leaf_logits, const Stream& stream);
+
+void doubly_stochastic(const DoublyStochasticShape& shape, const DoublyStochasticOptions& options,
+                       DType dtype, const void* scores, void* pi, double* rows, double* columns,
+                       const Stream& stream);
+void doubly_stochastic_backward(const DoublyStochasticShape& shape,
+                                const DoublyStochasticOptions& options, DType dtype,
+                                const void* scores, const double* rows, const double* columns,
+                                const void* grad_pi, void* grad_scores, const Stream& stream);
 
 void dselect_k(const DSelectKShape& shape, const DSelectKOptions& options, DType dtype,
                const DSelectKInput& input, const DSelectKOutput& output, const Stream& stream);

@@ -46,6 +46,15 @@ void comet_backward(const CometShape&, const CometOptions&, DType, const CometIn
                     const CometGradInput&, void*, void*, const Stream&) {
   refuse("comet_backward");
 }
+void doubly_stochastic(const DoublyStochasticShape&, const DoublyStochasticOptions&, DType,
+                       const void*, void*, double*, double*, const Stream&) {
+  refuse("doubly_stochastic");
+}
+void doubly_stochastic_backward(const DoublyStochasticShape&, const DoublyStochasticOptions&, DType,
+                                const void*, const double*, const double*, const void*, void*,
+                                const Stream&) {
+  refuse("doubly_stochastic_backward");
+}
 void dselect_k(const DSelectKShape&, const DSelectKOptions&, DType, const DSelectKInput&,
                const DSelectKOutput&, const Stream&) {
   refuse("dselect_k");

@@ -26,6 +26,7 @@ struct DSelectKJob {
   DSelectKShape shape;
   DSelectKOptions options;
   const T* logits;
+  const int32_t* expert_map;  ///< or null
   const uint8_t* valid;
   int64_t num_switches;  ///< of a token, K*bits
   int64_t row_size;      ///< K*bits + K
@@ -37,7 +38,7 @@ template <typename T>
 DSelectKJob<T> make_job(const DSelectKShape& shape, const DSelectKOptions& options,
                         const DSelectKInput& input) {
   const int64_t num_switches = shape.num_selectors * dselect_k_bits(shape.num_experts);
-  return {shape,       options,      static_cast<const T*>(input.logits),
+  return {shape,       options,      static_cast<const T*>(input.logits), input.expert_map,
           input.valid, num_switches, num_switches + shape.num_selectors};
 }
 
@@ -91,10 +92,24 @@ PERSEID_SIMD_CLONES void dselect_k_block(const DSelectKJob<T>& job, int64_t begi
     add_losses(scratch, needs_entropy, sums);
     if (row == nullptr) continue;
     share_selectors(logits + job.num_switches, scratch);
-    const T divisor = merge_selectors(job.options, scratch);
+    const T divisor = merge_selectors(job.options, job.expert_map, scratch);
     sums.removed_weight += write_weights(scratch.merged.data(), divisor,
                                          static_cast<T>(job.options.min_weight), E, row);
   }
+}
+
+/// dL/d(merged) at the experts of selector i's codes, [E]. In order of codes sums over it have the
+/// same bits whatever the map.
+template <typename T>
+PERSEID_INLINE const T* code_gradients(const DSelectKJob<T>& job, int64_t i,
+                                       DSelectKScratch<T>& scratch) {
+  const T* const grad = scratch.grad.data();
+  if (job.expert_map == nullptr) return grad;
+  const int64_t E = scratch.num_experts;
+  const int32_t* const map = job.expert_map + i * E;
+  T* const mapped = scratch.merged.data();
+  for (int64_t j = 0; j < E; ++j) mapped[j] = grad[map[j]];
+  return mapped;
 }
 
 /// dL/d(merged) and dL/d(alpha).
@@ -104,7 +119,7 @@ PERSEID_INLINE void alpha_gradients(const DSelectKJob<T>& job, const T* weights,
   const int64_t E = scratch.num_experts;
   T* const grad = scratch.grad.data();
   const bool is_merged = job.options.renormalize || job.options.hard_eval;
-  const T divisor = is_merged ? merge_selectors(job.options, scratch) : T{1};
+  const T divisor = is_merged ? merge_selectors(job.options, job.expert_map, scratch) : T{1};
   const T mean = read_gradient(weights, grad_weights, E, grad);
   if (job.options.renormalize) {
 #pragma omp simd
@@ -116,9 +131,10 @@ PERSEID_INLINE void alpha_gradients(const DSelectKJob<T>& job, const T* weights,
       continue;
     }
     const T* const r = scratch.reach(i);
+    const T* const of_codes = code_gradients(job, i, scratch);
     T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < E; ++j) sum += r[j] * grad[j];
+    for (int64_t j = 0; j < E; ++j) sum += r[j] * of_codes[j];
     scratch.alpha_grad[i] = sum;
   }
 }
@@ -144,11 +160,11 @@ struct ReachTerms {
 
 /// G of selector i; codes without an expert have none.
 template <typename T>
-PERSEID_INLINE void reach_gradients(const ReachTerms<T>& terms, int64_t i,
-                                    DSelectKScratch<T>& scratch) {
+PERSEID_INLINE void reach_gradients(const DSelectKJob<T>& job, const ReachTerms<T>& terms,
+                                    int64_t i, DSelectKScratch<T>& scratch) {
   const int64_t E = scratch.num_experts;
   const T* const r = scratch.reach(i);
-  const T* const grad = scratch.grad.data();
+  const T* const grad = terms.has_weights ? code_gradients(job, i, scratch) : scratch.grad.data();
   T* const code_grad = scratch.code_grad.data();
   const T shifted = scratch.mass[i] + static_cast<T>(kPenaltyEpsilon);
   const T of_mass = -terms.penalty / (shifted * shifted);
@@ -221,7 +237,7 @@ PERSEID_SIMD_CLONES void dselect_k_backward_block(const DSelectKJob<T>& job,
       if (has_gradient) omega_gradients(scratch, grad_omega);
     }
     for (int64_t i = 0; i < K; ++i) {
-      reach_gradients(terms, i, scratch);
+      reach_gradients(job, terms, i, scratch);
       bit_gradients(i, scratch, grad_z + i * scratch.num_bits);
     }
   }

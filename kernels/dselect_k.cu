@@ -1,9 +1,11 @@
 // dselect_k: one warp a token, see kernels/dselect_k_warp.cuh. Reads T*K*(bits+1) and writes T*E
 // elements. DSelectKMemory of a token: the shares of the bits and a table of E values, in shared
-// memory up to 40 KB. Sums in the type of the logits, over tokens in double, all in a fixed order.
-// Limit: 2^31 - 1 values of a token.
+// memory up to 40 KB. With an expert map the products of soft selectors are formed once more, in
+// the order of the experts. Sums in the type of the logits, over tokens in double, all in a fixed
+// order. Limit: 2^31 - 1 values of a token.
 #include "kernels/cuda_launchers.h"
 #include "kernels/dselect_k_warp.cuh"
+#include "kernels/expert_chain.cuh"
 
 namespace perseid::kernels {
 namespace {
@@ -13,6 +15,7 @@ struct Forward {
   using Element = T;
   static constexpr bool kHasSums = true;
   DSelectKCall<T> call;
+  const int32_t* chain;  ///< of codes, see expert_chain_kernel; null: each code has its own expert
   T* weights;
   bool needs_entropy;
 
@@ -43,6 +46,7 @@ struct Forward {
     }
     for (int i = 0; i < call.num_selectors; ++i) add_selector(i, memory, sums);
     if (row == nullptr) return sums;
+    if (chain != nullptr) merge(memory);
     T total = 0;
     for (int j = lane; j < E; j += kWarpSize) total += memory.table[j];
     total = TokenWarp::sum(total);
@@ -73,7 +77,7 @@ struct Forward {
       if (needs_entropy) entropy += r * log_of(r + static_cast<T>(kEntropyEpsilon));
       if (call.is_hard) {
         largest.add(r, j);
-      } else if (weights != nullptr) {
+      } else if (weights != nullptr && chain == nullptr) {
         memory.table[j] += alpha * r;
       }
     }
@@ -82,8 +86,24 @@ struct Forward {
     if (needs_entropy) sums.of[kEntropy] -= static_cast<double>(TokenWarp::sum(entropy));
     if (!call.is_hard || weights == nullptr) return;
     largest.join();
-    const bool is_mine = largest.index % kWarpSize == TokenWarp::lane();
-    if (is_mine && largest.value > T{0}) memory.table[largest.index] += alpha;
+    if (!(largest.value > T{0})) return;
+    const int expert = call.expert_of(i, largest.index);
+    if (expert % kWarpSize == TokenWarp::lane()) memory.table[expert] += alpha;
+  }
+
+  /// The weights of soft selectors with a map: each lane gathers those of its experts.
+  __device__ __forceinline__ void merge(const DSelectKMemory<T>& memory) const {
+    const int E = call.num_experts, num_codes = E * call.num_selectors;
+    PERSEID_ROLLED
+    for (int m = TokenWarp::lane(); m < E; m += kWarpSize) {
+      T sum = 0;
+      PERSEID_ROLLED
+      for (int code = chain[m]; code < num_codes; code = chain[E + code]) {
+        const int i = code / E;
+        sum += memory.alpha[i] * DSelectKCodes<T>(call, memory, i).reach_of_any(code - i * E);
+      }
+      memory.table[m] = sum;
+    }
   }
 };
 
@@ -92,14 +112,21 @@ struct Forward {
 void cuda::dselect_k(const DSelectKShape& shape, const DSelectKOptions& options, DType dtype,
                      const DSelectKInput& input, const DSelectKOutput& output,
                      const Stream& stream) {
+  DeviceMemory chain;
   dispatch_float_dtype(dtype, "dselect_k", [&](auto tag) {
     using T = decltype(tag);
     const DSelectKCall<T> call = make_dselect_k_call<T>(shape, options, input);
+    const bool is_merged = output.weights != nullptr && !options.hard_eval;
+    if (input.expert_map != nullptr && is_merged && shape.num_tokens > 0) {
+      chain =
+          expert_chain("dselect_k", input.expert_map, call.num_selectors, call.num_experts, stream);
+    }
     const TokenSumTargets targets{
         {output.entropy_sum, output.penalty_sum, output.removed_weight},
         {output.num_switches, output.saturated_switches, output.non_finite_tokens}};
     for_each_token("dselect_k",
-                   Forward<T>{call, static_cast<T*>(output.weights), output.entropy_sum != nullptr},
+                   Forward<T>{call, chain.as<int32_t>(), static_cast<T*>(output.weights),
+                              output.entropy_sum != nullptr},
                    shape.num_tokens, elements_forward(call), targets, stream);
   });
 }

@@ -28,7 +28,7 @@ struct DSelectKOptions {
   /// Weights below it become 0, the others stay as they are; 0: exact.
   double min_weight = 0;
   /// Each selector counts as one-hot on the expert of its largest r, equal ones on the smaller
-  /// expert: at most K experts. Entropy and penalty and their gradients stay those of the soft
+  /// code: at most K experts. Entropy and penalty and their gradients stay those of the soft
   /// selector.
   bool hard_eval = false;
   /// Weights are divided by their sum, where that is not 0.
@@ -40,6 +40,9 @@ struct DSelectKInput {
   /// [T, K*bits + K] first the code logits z [K, bits], most significant bit first, then the
   /// selector logits omega [K]
   const void* logits = nullptr;
+  /// [K, E] expert of each code below E, in [0, E); null: code j is expert j. Two codes of a
+  /// selector may share an expert.
+  const int32_t* expert_map = nullptr;
   const uint8_t* valid = nullptr;  ///< [T] 1 = a real token; null = all are. Others get zeros
 };
 
@@ -57,11 +60,12 @@ struct DSelectKOutput {
 };
 
 /// s_ib = S(z_ib; gamma) (kernels/smooth_step.h); r_ij = prod_b (s_ib where bit b of j is 1, else
-/// 1 - s_ib) for the experts j < E, and 0 where it is below the smallest normal number; alpha =
-/// softmax(omega); g_j = sum_i alpha_i r_ij. So g is exactly 0 where every r is. Its sum is 1 if E
-/// is a power of two, else 1 less the mass on the codes from E on; a token whose mass is all there
-/// has no expert. Selectors with omega = +inf share all weight equally; if all have -inf, alpha =
-/// 1/K. A NaN in a logit: experts 0 .. K-1 get NaN, the others 0, and the sums become NaN.
+/// 1 - s_ib) for the codes j < E, and 0 where it is below the smallest normal number; alpha =
+/// softmax(omega); g_m = sum of alpha_i r_ij over selectors and their codes of expert m. So g is
+/// exactly 0 where every such r is. Its sum is 1 if E is a power of two, else 1 less the mass on
+/// the codes from E on; a token whose mass is all there has no expert. Selectors with omega = +inf
+/// share all weight equally; if all have -inf, alpha = 1/K. A NaN in a logit: experts 0 .. K-1 get
+/// NaN, the others 0, and the sums become NaN. Neither entropy nor penalty depends on the map.
 /// Arithmetic in `dtype`, sums over tokens in double over fixed blocks of tokens: same bits for any
 /// thread count. Reads T*K*(bits+1), writes T*E elements.
 void dselect_k(const DSelectKShape& shape, const DSelectKOptions& options, DType dtype,
@@ -78,10 +82,10 @@ struct DSelectKGradInput {
 };
 
 /// Writes grad_logits [T, K*bits + K] whole. With rho = grad_weights where g > 0, else 0 (after
-/// renormalize by N: (rho - sum_m g_m rho_m) / N), d_i = sum_j r_ij rho_j, c = grad_entropy_sum and
-/// p = grad_penalty_sum:
+/// renormalize by N: (rho - sum_m g_m rho_m) / N), rho_ij that of the expert of selector i's code
+/// j, d_i = sum_j r_ij rho_ij, c = grad_entropy_sum and p = grad_penalty_sum:
 ///   grad omega_i = alpha_i (d_i - sum_k alpha_k d_k)
-///   G_ij = alpha_i rho_j + c (-log(r_ij + eps) - r_ij / (r_ij + eps)) - p / (eps + sum_m r_im)^2
+///   G_ij = alpha_i rho_ij + c (-log(r_ij + eps) - r_ij / (r_ij + eps)) - p / (eps + sum_l r_il)^2
 ///   grad z_ib = S'(z_ib) sum_j G_ij (2 bit_b(j) - 1) prod_{b' != b}(...)
 /// with eps = 1e-6 and G = 0 where r = 0; the products leave out one factor, none is divided away.
 /// Exact though rho is not read where g = 0: such an r has a saturated switch. With hard_eval r

@@ -105,11 +105,11 @@ struct Backward {
     T sum = 0;
     if (call.is_hard) {
       const LargestOfWarp<T> largest = largest_of(codes);
-      sum = largest.value > T{0} ? memory.table[largest.index] : T{0};
+      sum = largest.value > T{0} ? memory.table[call.expert_of(i, largest.index)] : T{0};
     } else {
       PERSEID_ROLLED
       for (int j = TokenWarp::lane(); j < call.num_experts; j += kWarpSize) {
-        sum += codes.reach(j) * memory.table[j];
+        sum += codes.reach(j) * memory.table[call.expert_of(i, j)];
       }
       sum = TokenWarp::sum(sum);
     }
@@ -131,7 +131,7 @@ struct Backward {
       if (j >= call.num_experts) return T{0};
       const T r = codes.reach(j);
       if (!(r > T{0})) return T{0};
-      T sum = (has_weights ? memory.alpha[i] * memory.table[j] : T{0}) + of_mass;
+      T sum = (has_weights ? memory.alpha[i] * memory.table[call.expert_of(i, j)] : T{0}) + of_mass;
       if (entropy != T{0}) sum += entropy * entropy_slope(r);
       return sum;
     };

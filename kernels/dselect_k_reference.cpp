@@ -17,6 +17,7 @@ struct Selector {
   std::vector<SmoothStep<double>> switches;
   std::vector<double> soft_reach;  ///< r
   std::vector<double> reach;       ///< r, one-hot with hard_eval
+  std::vector<size_t> experts;     ///< of the codes
   double mass = 0;
   double alpha = 0;
 };
@@ -82,6 +83,10 @@ Token read_token(const DSelectKShape& shape, const DSelectKOptions& options,
   const T* const omega = row + K * bits;
   for (int64_t i = 0; i < K; ++i) {
     token.selectors.push_back(read_selector(row + i * bits, E, options));
+    for (int64_t j = 0; j < E; ++j) {
+      const int64_t expert = input.expert_map == nullptr ? j : input.expert_map[i * E + j];
+      token.selectors.back().experts.push_back(static_cast<size_t>(expert));
+    }
     token.max = std::max(token.max, static_cast<double>(omega[i]));
     for (const SmoothStep<double>& step : token.selectors.back().switches) {
       ++token.num_switches;
@@ -96,15 +101,14 @@ Token read_token(const DSelectKShape& shape, const DSelectKOptions& options,
     sum += selector.alpha;
   }
   double total = 0;
-  for (Selector& selector : token.selectors) selector.alpha /= sum;
-  for (int64_t j = 0; j < E; ++j) {
-    double weight = 0;
-    for (const Selector& selector : token.selectors) {
-      weight += selector.alpha * selector.reach[static_cast<size_t>(j)];
+  token.weights.assign(static_cast<size_t>(E), 0.0);
+  for (Selector& selector : token.selectors) {
+    selector.alpha /= sum;
+    for (size_t j = 0; j < selector.reach.size(); ++j) {
+      token.weights[selector.experts[j]] += selector.alpha * selector.reach[j];
     }
-    token.weights.push_back(weight);
-    total += weight;
   }
+  for (const double weight : token.weights) total += weight;
   if (options.renormalize && total > 0) token.divisor = total;
   for (double& weight : token.weights) weight /= token.divisor;
   return token;
@@ -192,12 +196,13 @@ std::vector<double> token_gradients(const Token& token, const DSelectKShape& sha
     of_alpha.push_back(0);
     for (int64_t j = 0; j < E; ++j) {
       const auto at = static_cast<size_t>(j);
-      of_alpha.back() += selector.reach[at] * rho[at];
+      const double of_weight = rho[selector.experts[at]];
+      of_alpha.back() += selector.reach[at] * of_weight;
       const double r = selector.soft_reach[at];
       if (r == 0) continue;
       const double mass = selector.mass + kPenaltyEpsilon;
       const double of_reach =
-          (options.hard_eval ? 0 : selector.alpha * rho[at]) - penalty_coeff / (mass * mass) +
+          (options.hard_eval ? 0 : selector.alpha * of_weight) - penalty_coeff / (mass * mass) +
           entropy_coeff * (-std::log(r + kEntropyEpsilon) - r / (r + kEntropyEpsilon));
       for (int64_t b = 0; b < bits; ++b) {
         of_bits[static_cast<size_t>(b)] += selector.switches[static_cast<size_t>(b)].slope *

@@ -46,7 +46,8 @@ struct DSelectKScratch {
   std::vector<T> alpha;          ///< [K] softmax of omega
   std::vector<T> mass;           ///< [K] sum of r over the experts
   std::vector<int64_t> largest;  ///< [K] with hard_eval: expert of the largest r, -1 if all are 0
-  std::vector<T> merged;         ///< [E] g before it is renormalised
+  std::vector<T> merged;         ///< [E] g before it is renormalised; then, in the backward with a
+                                 ///< map, `grad` by the codes of one selector
   std::vector<T> grad;           ///< [E] dL/d(merged)
   std::vector<T> alpha_grad;     ///< [K] dL/d(alpha)
   std::vector<T> code_grad;      ///< [2^bits] dL/dr of one selector
@@ -132,18 +133,26 @@ PERSEID_INLINE bool share_selectors(const T* omega, DSelectKScratch<T>& scratch)
 }
 
 /// Weights before they are renormalised; returns what to divide them by.
+/// @param expert_map  [K, E] or null
 template <typename T>
-PERSEID_INLINE T merge_selectors(const DSelectKOptions& options, DSelectKScratch<T>& scratch) {
+PERSEID_INLINE T merge_selectors(const DSelectKOptions& options, const int32_t* expert_map,
+                                 DSelectKScratch<T>& scratch) {
   const int64_t E = scratch.num_experts;
   T* const merged = scratch.merged.data();
   std::fill_n(merged, E, T{0});
   for (int64_t i = 0; i < scratch.num_selectors; ++i) {
     const T* const r = scratch.reach(i);
     const T alpha = scratch.alpha[i];
+    const int32_t* const map = expert_map == nullptr ? nullptr : expert_map + i * E;
     if (options.hard_eval) {
       const int64_t largest = std::max_element(r, r + E) - r;
-      scratch.largest[i] = r[largest] > T{0} ? largest : -1;
-      if (r[largest] > T{0}) merged[largest] += alpha;
+      const int64_t expert = map == nullptr ? largest : map[largest];
+      scratch.largest[i] = r[largest] > T{0} ? expert : -1;
+      if (r[largest] > T{0}) merged[expert] += alpha;
+      continue;
+    }
+    if (map != nullptr) {
+      for (int64_t j = 0; j < E; ++j) merged[map[j]] += alpha * r[j];
       continue;
     }
 #pragma omp simd

@@ -18,13 +18,17 @@ inline constexpr int kLaneBits = 5;
 template <typename T>
 struct DSelectKCall {
   const T* logits;
-  const uint8_t* valid;
+  const int32_t* expert_map;  ///< or null
+  const uint8_t* valid;       ///< or null
   T gamma, min_weight;
   int num_experts, num_selectors, num_bits;
   bool is_hard, is_renormalized;
 
   __device__ __forceinline__ bool is_valid(int64_t t) const {
     return valid == nullptr || valid[t] != 0;
+  }
+  __device__ __forceinline__ int expert_of(int selector, int code) const {
+    return expert_map == nullptr ? code : expert_map[selector * num_experts + code];
   }
   __host__ __device__ int num_switches() const { return num_selectors * num_bits; }
   __host__ __device__ int row_size() const { return num_switches() + num_selectors; }
@@ -132,6 +136,10 @@ struct DSelectKCodes {
   __device__ __forceinline__ T reach(int code) const {
     return without_subnormal(times(of_lane, code, kLaneBits, num_bits));
   }
+  /// r of any code: the same bits.
+  __device__ __forceinline__ T reach_of_any(int code) const {
+    return without_subnormal(times(T{1}, code, 0, num_bits));
+  }
 };
 
 template <typename T>
@@ -143,6 +151,7 @@ template <typename T>
 DSelectKCall<T> make_dselect_k_call(const DSelectKShape& shape, const DSelectKOptions& options,
                                     const DSelectKInput& input) {
   return {static_cast<const T*>(input.logits),
+          input.expert_map,
           input.valid,
           static_cast<T>(options.gamma),
           static_cast<T>(options.min_weight),

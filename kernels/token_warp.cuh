@@ -5,42 +5,13 @@
 #include <type_traits>
 
 #include "kernels/device_memory.h"
-#include "kernels/launch.cuh"
+#include "kernels/warp.cuh"
 
 // One warp for each token: what the gates of smooth-step switches share. A block of threads takes
 // 64 tokens, as the CPU does, and adds up what they give in their order; a second kernel adds up
 // the blocks in a fixed order. No atomics: same bits each time, whatever the GPU.
 
-/// Before a loop whose body is long: unrolled it takes registers, of which other warps make more.
-#if defined(__CUDACC__)
-#define PERSEID_ROLLED _Pragma("unroll 1")
-#else
-#define PERSEID_ROLLED
-#endif
-
 namespace perseid::kernels {
-
-/// A warp's collectives; every lane calls them and gets the result. Sums in a fixed order.
-struct TokenWarp {
-  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
-  static __device__ __forceinline__ void sync() { __syncwarp(); }
-  static __device__ __forceinline__ bool any(bool x) { return __any_sync(kFullWarp, x) != 0; }
-  template <typename T>
-  static __device__ __forceinline__ T sum(T x) {
-    for (int other = kWarpSize / 2; other > 0; other /= 2) {
-      x += __shfl_xor_sync(kFullWarp, x, other);
-    }
-    return x;
-  }
-  template <typename T>
-  static __device__ __forceinline__ T max(T x) {
-    for (int other = kWarpSize / 2; other > 0; other /= 2) {
-      const T y = __shfl_xor_sync(kFullWarp, x, other);
-      x = y > x ? y : x;
-    }
-    return x;
-  }
-};
 
 /// The largest of a series and its first place.
 template <typename T>

@@ -29,13 +29,8 @@ void for_each_sum(Stats& gate, const Body& body) {
 
 void sum_over_ranks(MoEStats& stats, std::vector<at::Tensor>& loss_sums, const comm::Group& world,
                     comm::CallSite site) {
-  std::vector<at::Device> homes;
-  for (at::Tensor& sum : loss_sums) {
-    homes.push_back(sum.device());
-    sum = sum.detach().to(at::kDouble).contiguous().clone();
-  }
+  for (at::Tensor& sum : loss_sums) sum = sum.detach().to(at::kDouble).contiguous().clone();
   if (world.size() == 1) return;  // the sums over one rank, without a copy of them on the host
-  loss_sums = gates::to_host(loss_sums);
   std::vector<int64_t> counts = {stats.num_dropped, stats.num_tokens, stats.rows_processed};
   std::vector<int64_t> maxima;
   std::vector<double> sums;
@@ -76,7 +71,6 @@ void sum_over_ranks(MoEStats& stats, std::vector<at::Tensor>& loss_sums, const c
     std::copy(sum, sum + loss_sum.numel(), loss_sum.mutable_data_ptr<double>());
     sum += loss_sum.numel();
   }
-  for (size_t i = 0; i < homes.size(); ++i) loss_sums[i] = loss_sums[i].to(homes[i]);
 }
 
 bool MoEStats::is_unread() const {

@@ -82,6 +82,30 @@ at::Tensor mix(const at::Tensor& outputs, const Selection& selection) {
   return mixed;
 }
 
+/// All that several ranks need on the host, in one wait: counts, the chosen experts, local sums of
+/// losses (which go back to their devices once they are summed over ranks).
+void fetch(MoEStats& stats, Selection& selection, std::vector<at::Tensor>& loss_sums) {
+  const gates::Routing& routing = selection.routing;
+  if (!gates::is_on_device(routing.expert_idx)) return;
+  std::vector<at::Tensor> tensors = {routing.expert_idx, routing.token_offsets};
+  for (const gates::GateStats& gate : stats.gates) {
+    tensors.insert(tensors.end(), {gate.unread, gate.tokens_per_expert});
+  }
+  tensors.insert(tensors.end(), loss_sums.begin(), loss_sums.end());
+  tensors = gates::to_host(tensors);
+  auto next = tensors.begin();
+  selection.on_host = routing;
+  selection.on_host->weights = at::Tensor();
+  selection.on_host->expert_idx = *next++;
+  selection.on_host->token_offsets = *next++;
+  for (gates::GateStats& gate : stats.gates) {
+    gate.unread = *next++;
+    gate.tokens_per_expert = *next++;
+  }
+  stats.read();  // waits for nothing: all of it is on the host
+  for (at::Tensor& sum : loss_sums) sum = *next++;
+}
+
 /// One local plan for a module that every token passes.
 std::shared_ptr<const RoutingPlan> dense_plan(const at::Tensor& tokens) {
   const int64_t num_tokens = tokens.size(0);
@@ -162,7 +186,9 @@ MoEOutput MoELayer::forward(const MoEInput& input) {
 at::Tensor MoELayer::run_experts(const at::Tensor& tokens, const Selection& selection,
                                  at::Tensor* shared_output, comm::CallSite site) {
   const comm::Group& ep = groups_.expert_parallel;
-  const auto plan = make_routing_plan(selection.routing, placement_, ep, {options_.strict, site});
+  const auto plan = make_routing_plan(
+      selection.routing, placement_, ep,
+      {options_.strict, site, selection.on_host ? &*selection.on_host : nullptr});
   const at::Tensor rows = dispatch(tokens, plan, ep, site);
   const at::Tensor weights =
       dispatch_weights(selection.weights.to(weight_type(tokens)), plan, ep, site);
@@ -251,8 +277,8 @@ gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite 
     gate_input.progress = input.progress;
     gate_input.training = is_training();
     // Alone on a GPU the layer needs no number of its own on the host before the end of the
-    // forward.
-    gate_input.defer_counts = world.size() == 1;
+    // forward; with other ranks it fetches all at once, see fetch.
+    gate_input.defer_counts = true;
     gates::validate(gate_input, -1, kName);
   });
   // Tokens of the ranks before this one, and the valid ones of all.
@@ -287,6 +313,7 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
   std::vector<gates::Routing> routings;
   std::vector<gates::BalanceTerms> balances;
   std::vector<gates::GlobalLoss> global_losses;
+  std::vector<at::Tensor> loss_sums;
   comm::agree(groups_.world, site, [&] {
     int64_t non_finite = 0;
     const std::vector<at::Tensor> relaxed = relax(permutations_, input);
@@ -310,7 +337,6 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
         probe_->output_weights.push_back(weights_by_output(
             *permutations_[permutation_of(permutations_, g)], *gate, input, capped.routing));
       }
-      non_finite += out.stats.non_finite_tokens;
       routings.push_back(std::move(capped.routing));
       balances.push_back(std::move(out.balance));
       decision.residual_weights.push_back(std::move(out.residual_weight));
@@ -318,15 +344,18 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
       stats.gates.push_back(std::move(out.stats));
       for (gates::NamedLoss& loss : out.losses) decision.losses.push_back(std::move(loss));
     }
+    decision.selection = merge_routings(routings);
+    for (const gates::GlobalLoss& loss : global_losses) {
+      loss_sums.push_back(loss.local_sum.detach().to(at::kDouble).contiguous());
+    }
+    if (groups_.world.size() > 1) fetch(stats, decision.selection, loss_sums);
+    for (const gates::GateStats& gate : stats.gates) non_finite += gate.non_finite_tokens;
     if (options_.on_nonfinite == OnNonFinite::kRaise) {
       raise_non_finite(non_finite, groups_.world, site);
     }
-    decision.selection = merge_routings(routings);
   });
   stats.num_tokens = stats.gates.front().num_tokens;
   stats.rows_processed = decision.selection.routing.num_assignments();
-  std::vector<at::Tensor> loss_sums;
-  for (const gates::GlobalLoss& loss : global_losses) loss_sums.push_back(loss.local_sum);
   sum_over_ranks(stats, loss_sums, groups_.world, site);
   decision.stats = std::move(stats);
 
@@ -342,7 +371,8 @@ MoELayer::Decision MoELayer::decide(const gates::GateInput& input,
         gates::load_balance_loss(balances[g], counts, input.tokens_global, counted_tokens));
   }
   for (size_t i = 0; i < global_losses.size(); ++i) {
-    decision.losses.push_back(gates::finish_global_loss(global_losses[i], loss_sums[i],
+    const at::Device home = global_losses[i].local_sum.device();
+    decision.losses.push_back(gates::finish_global_loss(global_losses[i], loss_sums[i].to(home),
                                                         input.tokens_global, groups_.world.size()));
   }
   return decision;

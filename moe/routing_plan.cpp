@@ -195,9 +195,10 @@ void move_to(at::Device device, RoutingPlan& plan) {
 }
 
 /// The integers of a routing in host memory; its weights are left out.
-gates::Routing host_integers(const gates::Routing& routing) {
-  gates::Routing host = routing;
+gates::Routing host_integers(const gates::Routing& routing, const gates::Routing* on_host) {
+  gates::Routing host = on_host ? *on_host : routing;
   host.weights = at::Tensor();
+  if (on_host) return host;
   const std::vector<at::Tensor> copies =
       gates::to_host({routing.expert_idx, routing.token_offsets});
   host.expert_idx = copies[0];
@@ -233,7 +234,7 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
   std::vector<Placed> sent;
   gates::Routing routing;
   comm::before_exchange(comm::NextExchange::kCounts, group, site, [&] {
-    routing = host_integers(routing_in);
+    routing = host_integers(routing_in, options.on_host);
     require(placement.num_ranks() == num_ranks, kOperation, "placement.num_ranks",
             placement.num_ranks(),
             "differs from the " + to_text(num_ranks) + " ranks of the group");

@@ -59,6 +59,9 @@ struct RoutingPlan {
 struct PlanOptions {
   bool strict = true;  ///< see RoutingPlan
   comm::CallSite site;
+  /// The integers of the routing in host memory, where the caller has them: with several ranks the
+  /// host then need not wait for a copy of those on a GPU.
+  const gates::Routing* on_host = nullptr;
 };
 
 /// Collective over `group`, also with T = 0: each rank tells its peers rows, assignments and slots.

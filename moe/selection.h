@@ -1,6 +1,7 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "gates/routing.h"
@@ -12,6 +13,8 @@ struct Selection {
   gates::Routing routing;  ///< the pairs that run, each once; its weights are undefined for G > 1
   at::Tensor
       weights;  ///< [A, G] weight of each pair for each gate, 0 where a gate did not choose it
+  /// The integers of a routing that is on a GPU in host memory, where the layer needed them there.
+  std::optional<gates::Routing> on_host = {};
 };
 
 /// With one gate the selection is its routing, no copy. With several, a token's pairs are ordered

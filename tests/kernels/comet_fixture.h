@@ -86,19 +86,6 @@ CometCase<T> random_comet(int64_t num_tokens, int64_t num_experts, int64_t num_t
   return result;
 }
 
-/// [K, E], another permutation for each tree.
-inline std::vector<int32_t> shuffled_map(int64_t num_trees, int64_t num_experts) {
-  std::vector<int32_t> map;
-  std::mt19937 bits(5);
-  for (int64_t i = 0; i < num_trees; ++i) {
-    std::vector<int32_t> experts(static_cast<size_t>(num_experts));
-    for (size_t l = 0; l < experts.size(); ++l) experts[l] = static_cast<int32_t>(l);
-    std::shuffle(experts.begin(), experts.end(), bits);
-    map.insert(map.end(), experts.begin(), experts.end());
-  }
-  return map;
-}
-
 /// Width x map x mask x hard_eval x cut-off.
 template <typename T, typename Body>
 void for_each_variant(CometCase<T> at, Body body) {

@@ -1,13 +1,14 @@
 // dselect_k and dselect_k_backward on a device against the CPU: weights and gradients to rounding,
 // zeros and counts exactly; outputs held NaN or -9 before.
-//   Sizes     numbers of experts of which some are no power of two, below and above a warp; 0, 1
-//   and
-//             more tokens than a block; open and saturated switches
-//   Variants  width x hard_eval x cut-off x renormalize x mask
-//   Edges     NaN, infinities and ties in logits, a token without a real neighbour
-//   Nulls     outputs and gradients that are null; only the sums
-//   Large     memory of a token that an SM does not have
-//   SameBits  twice
+//   Sizes        numbers of experts of which some are no power of two, below and above a warp; 0,
+//                1 and more tokens than a block; open and saturated switches
+//   Variants     width x hard_eval x cut-off x renormalize x mask x map
+//   SharedMap    codes of a selector that share an expert, experts without a code
+//   IdentityMap  the bits of no map
+//   Edges        NaN, infinities and ties in logits, a token without a real neighbour
+//   Nulls        outputs and gradients that are null; only the sums
+//   Large        memory of a token that an SM does not have
+//   SameBits     twice
 #include "tests/kernels/device_fixture.h"
 #include "tests/kernels/dselect_k_fixture.h"
 
@@ -17,17 +18,30 @@ namespace {
 constexpr double kInf = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
+/// The inputs of a case on a device.
+template <typename T>
+struct DSelectKOnDevice {
+  DSelectKOnDevice(const DSelectKCase<T>& at, const Stream& stream)
+      : logits(at.logits, stream),
+        map(at.map, stream),
+        valid(at.valid, stream),
+        input{logits.data(), at.map.empty() ? nullptr : map.data(),
+              at.valid.empty() ? nullptr : valid.data()} {}
+  DeviceArray<T> logits;
+  DeviceArray<int32_t> map;
+  DeviceArray<uint8_t> valid;
+  DSelectKInput input;
+};
+
 class DeviceDSelectK : public DeviceTest {
  protected:
   template <typename T>
   DSelectKResult<T> forward(const DSelectKCase<T>& at) {
-    DeviceArray<T> logits(at.logits, stream());
-    DeviceArray<uint8_t> valid(at.valid, stream());
+    const DSelectKOnDevice<T> on_device(at, stream());
     DeviceArray<T> weights(nans<T>(at.shape.num_tokens * at.shape.num_experts), stream());
     DeviceArray<double> sums({-9, -9, -9}, stream());
     DeviceArray<int64_t> counts({-9, -9, -9}, stream());
-    dselect_k(at.shape, at.options, DTypeOf<T>::value,
-              {logits.data(), at.valid.empty() ? nullptr : valid.data()},
+    dselect_k(at.shape, at.options, DTypeOf<T>::value, on_device.input,
               {weights.data(), sums.data(), sums.data() + 1, sums.data() + 2, counts.data(),
                counts.data() + 1, counts.data() + 2},
               stream());
@@ -38,14 +52,12 @@ class DeviceDSelectK : public DeviceTest {
   template <typename T>
   std::vector<T> backward(const DSelectKCase<T>& at, const std::vector<T>& weights,
                           const std::vector<T>& upstream, const SumCoefficients& coefficients) {
-    DeviceArray<T> logits(at.logits, stream()), of_forward(weights, stream());
-    DeviceArray<T> grad(upstream, stream());
-    DeviceArray<uint8_t> valid(at.valid, stream());
+    const DSelectKOnDevice<T> on_device(at, stream());
+    DeviceArray<T> of_forward(weights, stream()), grad(upstream, stream());
     DeviceArray<double> sums({coefficients.entropy, coefficients.penalty}, stream());
     DeviceArray<T> result(nans<T>(static_cast<int64_t>(at.logits.size())), stream());
     dselect_k_backward(
-        at.shape, at.options, DTypeOf<T>::value,
-        {logits.data(), at.valid.empty() ? nullptr : valid.data()},
+        at.shape, at.options, DTypeOf<T>::value, on_device.input,
         {of_forward.data(), upstream.empty() ? nullptr : grad.data(), sums.data(), sums.data() + 1},
         result.data(), stream());
     return result.read();
@@ -100,6 +112,36 @@ TEST_F(DeviceDSelectK, Variants) {
   }
 }
 
+TEST_F(DeviceDSelectK, SharedMap) {
+  for (const int64_t E : {7, 70}) {
+    auto at = random_dselect_k<double>(5, E, 3);
+    for (int64_t x = 0; x < 3 * E; ++x) at.map.push_back(static_cast<int32_t>(x * x % (E - 2)));
+    for (const bool hard : {false, true}) {
+      at.options.hard_eval = hard;
+      compare(at);
+    }
+  }
+}
+
+TEST_F(DeviceDSelectK, IdentityMap) {
+  for (const int64_t E : {5, 100}) {
+    auto at = random_dselect_k<float>(70, E, 3);
+    const auto upstream = normal_values<float>(70 * E, 7);
+    for (const bool hard : {false, true}) {
+      at.options.hard_eval = hard;
+      at.map.clear();
+      const auto expected = forward(at);
+      const auto expected_grad = backward(at, expected.weights, upstream, {.1, .2});
+      for (int64_t i = 0; i < 3; ++i) {
+        for (int32_t j = 0; j < E; ++j) at.map.push_back(j);
+      }
+      EXPECT_TRUE(forward(at).has_same_bits(expected)) << at.name();
+      EXPECT_TRUE(same_bits(backward(at, expected.weights, upstream, {.1, .2}), expected_grad))
+          << at.name();
+    }
+  }
+}
+
 TEST_F(DeviceDSelectK, Edges) {
   for (const int64_t E : {5, 64}) {
     for_each_variant(random_dselect_k<double>(9, E, 3), [&](auto at) {
@@ -138,11 +180,16 @@ TEST_F(DeviceDSelectK, Large) {
     compare(at);
     at.options.hard_eval = true;
     compare(at);
+    at.map = shuffled_map(at.shape.num_selectors, at.shape.num_experts);
+    compare(at);
+    at.options.hard_eval = false;
+    compare(at);
   }
 }
 
 TEST_F(DeviceDSelectK, SameBits) {
-  const auto at = random_dselect_k<float>(140, 100, 2);
+  auto at = random_dselect_k<float>(140, 100, 2);
+  at.map = shuffled_map(2, 100);
   const auto once = forward(at);
   EXPECT_TRUE(once.has_same_bits(forward(at)));
   const auto upstream = normal_values<float>(140 * 100, 7);

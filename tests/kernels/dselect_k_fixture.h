@@ -30,6 +30,7 @@ struct DSelectKCase {
   DSelectKShape shape;
   DSelectKOptions options;
   std::vector<T> logits;
+  std::vector<int32_t> map;    ///< empty: none
   std::vector<uint8_t> valid;  ///< empty: all
 
   int64_t num_switches() const { return shape.num_selectors * dselect_k_bits(shape.num_experts); }
@@ -43,7 +44,10 @@ struct DSelectKCase {
     return logits[static_cast<size_t>(t * row_size() + num_switches() + i)];
   }
 
-  DSelectKInput input() const { return {logits.data(), valid.empty() ? nullptr : valid.data()}; }
+  DSelectKInput input() const {
+    return {logits.data(), map.empty() ? nullptr : map.data(),
+            valid.empty() ? nullptr : valid.data()};
+  }
   DSelectKResult<T> forward(bool is_reference = false) const {
     DSelectKResult<T> result;
     result.weights = nans<T>(shape.num_tokens * shape.num_experts);
@@ -76,7 +80,8 @@ struct DSelectKCase {
     return "T=" + to_text(shape.num_tokens) + " E=" + to_text(shape.num_experts) +
            " K=" + to_text(shape.num_selectors) + " gamma=" + to_text(options.gamma) +
            (options.hard_eval ? " hard" : "") + (options.renormalize ? " renormalized" : "") +
-           (valid.empty() ? "" : " masked") + " min_weight=" + to_text(options.min_weight) + " ";
+           (map.empty() ? "" : " mapped") + (valid.empty() ? "" : " masked") +
+           " min_weight=" + to_text(options.min_weight) + " ";
   }
 };
 
@@ -105,18 +110,20 @@ DSelectKCase<T> random_dselect_k(int64_t num_tokens, int64_t num_experts, int64_
   return result;
 }
 
-/// Width x hard_eval x cut-off x renormalize x mask.
+/// Width x hard_eval x cut-off x renormalize x mask x map.
 template <typename T, typename Body>
 void for_each_variant(DSelectKCase<T> at, Body body) {
   std::vector<uint8_t> valid;
   for (int64_t t = 0; t < at.shape.num_tokens; ++t) valid.push_back(t % 4 != 2);
-  for (int variant = 0; variant < 32; ++variant) {
+  const auto map = shuffled_map(at.shape.num_selectors, at.shape.num_experts);
+  for (int variant = 0; variant < 64; ++variant) {
     at.options.gamma = (variant & 1) != 0 ? 1 : 10;
     at.options.hard_eval = (variant & 2) != 0;
     at.options.min_weight =
         (variant & 4) != 0 ? 0.5 / static_cast<double>(at.shape.num_experts) : 0;
     at.options.renormalize = (variant & 8) != 0;
     at.valid = (variant & 16) != 0 ? valid : std::vector<uint8_t>{};
+    at.map = (variant & 32) != 0 ? map : std::vector<int32_t>{};
     body(at);
   }
 }

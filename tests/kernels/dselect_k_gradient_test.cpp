@@ -1,6 +1,7 @@
 // dselect_k_backward.
 //   Derivative    float64 against central differences of dselect_k, every variant, all terms, 1e-7;
 //                 about a third of the switches is saturated, none near a kink
+//   SharedMap     the same for maps whose codes share experts
 //   Reference     float32 and float64, E = 1 .. 33, all variants
 //   OnlySupport   gradients of experts with weight 0 are not read: NaN there changes nothing
 //   NotDivided    a share of 0 leaves the gradient of the other bits as it is: exclusive products
@@ -57,6 +58,18 @@ TEST(DSelectKBackward, Derivative) {
         expect_derivative(at, upstream, {.3, 0});
         expect_derivative(at, std::vector<double>(upstream.size(), 0.0), {0, 1e-3});
       });
+    }
+  }
+}
+
+TEST(DSelectKBackward, SharedMap) {
+  for (const int64_t E : {2, 5, 8}) {
+    auto at = random_dselect_k<double>(3, E, 2, static_cast<uint32_t>(E) + 30);
+    leave_kinks(at.logits);
+    for (int64_t x = 0; x < 2 * E; ++x) at.map.push_back(static_cast<int32_t>(x * x % (E - 1)));
+    for (const bool renormalize : {false, true}) {
+      at.options.renormalize = renormalize;
+      expect_derivative(at, normal_values<double>(3 * E, 21), {.3, 1e-3});
     }
   }
 }

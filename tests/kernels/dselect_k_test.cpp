@@ -11,6 +11,10 @@
 //   Renormalize        g over its sum
 //   LossSums           entropy 0 when saturated, K ln E at z = 0; penalty K when all mass is there
 //   MinWeight          kept weights unchanged, what is left out adds up to removed_weight
+//   IdentityMap        no map and the identity: the same bits, forward and backward
+//   CommonMap          one permutation for all selectors relabels the experts, the same bits
+//   GoldenMap          the published example with maps by hand, one of which shares experts
+//   SharedMap          codes of a selector that share an expert, experts without a code
 //   Threads            1, 2, 3, 7 threads: the same bits
 #include "tests/kernels/dselect_k_fixture.h"
 
@@ -237,6 +241,106 @@ TEST(DSelectK, MinWeight) {
   EXPECT_GT(removed, 0.1);
   EXPECT_NEAR(cut.removed_weight, removed, 1e-14);
   EXPECT_EQ(cut.entropy_sum, full.entropy_sum);
+}
+
+TEST(DSelectK, IdentityMap) {
+  for (const int64_t E : {1, 5, 16, 33}) {
+    for_each_variant(
+        random_dselect_k<float>(7, E, std::min<int64_t>(E, 3)), [&](DSelectKCase<float> at) {
+          if (!at.map.empty()) return;
+          const auto expected = at.forward();
+          const auto upstream = normal_values<float>(7 * E, 9);
+          const auto expected_grad = at.backward(upstream, {.3, .2});
+          for (int64_t i = 0; i < at.shape.num_selectors; ++i) {
+            for (int32_t j = 0; j < E; ++j) at.map.push_back(j);
+          }
+          EXPECT_TRUE(at.forward().has_same_bits(expected)) << at.name();
+          EXPECT_TRUE(same_bits(at.backward(upstream, {.3, .2}), expected_grad)) << at.name();
+        });
+  }
+}
+
+TEST(DSelectK, CommonMap) {
+  const int64_t T = 37, E = 13, K = 3;
+  for_each_variant(random_dselect_k<float>(T, E, K), [&](DSelectKCase<float> at) {
+    if (!at.map.empty()) return;
+    const auto map = shuffled_map(1, E);
+    const auto relabelled = [&](const std::vector<float>& rows) {
+      std::vector<float> result(rows.size());
+      for (size_t n = 0; n < rows.size(); ++n) {
+        const size_t j = n % E;
+        result[n - j + static_cast<size_t>(map[j])] = rows[n];
+      }
+      return result;
+    };
+    const auto plain = at.forward();
+    const auto upstream = normal_values<float>(T * E, 9);
+    const auto plain_grad = at.backward(upstream, {.3, .2});
+    for (int64_t i = 0; i < K; ++i) at.map.insert(at.map.end(), map.begin(), map.end());
+    const auto mapped = at.forward();
+    const auto grad = at.backward(relabelled(upstream), {.3, .2});
+    EXPECT_EQ(mapped.entropy_sum, plain.entropy_sum) << at.name();
+    EXPECT_EQ(mapped.penalty_sum, plain.penalty_sum) << at.name();
+    if (at.options.renormalize) {  // the sum by experts has another order
+      expect_close(mapped.weights, relabelled(plain.weights), 2e-6, at.name());
+      expect_close(grad, plain_grad, 2e-5, at.name());
+    } else {
+      EXPECT_TRUE(same_bits(mapped.weights, relabelled(plain.weights))) << at.name();
+      EXPECT_TRUE(same_bits(grad, plain_grad)) << at.name();
+    }
+  });
+}
+
+TEST(DSelectK, GoldenMap) {
+  auto at = golden_dselect_k(4);
+  // r of selector 1 is (.10125, .055, .54675, .297), of selector 2 (0, 0, .5, .5).
+  at.map = {2, 0, 3, 1, 1, 1, 0, 0};
+  const double a = 1 / (1 + std::exp(-.5));
+  const std::vector<double> expected = {a * .055 + (1 - a), a * .297, a * .10125, a * .54675};
+  expect_close(at.forward().weights, expected, 1e-15, "soft");
+  EXPECT_EQ(at.forward().entropy_sum, golden_dselect_k(4).forward().entropy_sum);
+  EXPECT_EQ(at.forward().penalty_sum, golden_dselect_k(4).forward().penalty_sum);
+  const std::vector<double> rho = {7, -2, 5, 3};
+  const auto grad = at.backward(rho, {});
+  const double mean = .055 * 7 + .297 * -2 + .10125 * 5 + .54675 * 3;  // d of selector 1
+  EXPECT_NEAR(grad[4], a * (1 - a) * (mean - 7), 1e-14);
+  EXPECT_NEAR(grad[5], -grad[4], 1e-15);
+  EXPECT_NEAR(grad[3], 0, 1e-15);  // codes 2 and 3 of selector 2 have one expert
+  // Second bit of selector 1, S = .352: S'(-.1) = 1.44 of codes 1 and 3 against 0 and 2.
+  EXPECT_NEAR(grad[1], a * 1.44 * (.15625 * (7 - 5) + .84375 * (-2 - 3)), 1e-14);
+
+  at.options.renormalize = true;
+  expect_close(at.forward().weights, expected, 1e-15, "the sum is 1");
+  at.options.renormalize = false;
+  at.options.min_weight = .1;
+  expect_close(at.forward().weights, {expected[0], expected[1], 0, expected[3]}, 1e-15, "cut");
+  EXPECT_NEAR(at.forward().removed_weight, expected[2], 1e-15);
+  at.options.min_weight = 0;
+  at.options.hard_eval = true;  // code 2 of selector 1, code 2, the first of two, of selector 2
+  expect_close(at.forward().weights, {1 - a, 0, 0, a}, 1e-15, "hard");
+  EXPECT_NEAR(at.backward(rho, {})[4], a * (1 - a) * (3 - 7), 1e-15);
+  at.omega(0, 1) = std::numeric_limits<double>::quiet_NaN();
+  const auto spoilt = at.forward().weights;
+  for (size_t m = 0; m < 4; ++m) EXPECT_EQ(std::isnan(spoilt[m]), m < 2) << m;
+}
+
+TEST(DSelectK, SharedMap) {
+  for (const int64_t E : {3, 7, 16}) {
+    for_each_variant(random_dselect_k<double>(7, E, 3), [&](DSelectKCase<double> at) {
+      if (at.map.empty()) return;
+      for (int64_t x = 0; x < 3 * E; ++x) {
+        at.map[static_cast<size_t>(x)] = static_cast<int32_t>(x * x % (E - 1));
+      }
+      const auto actual = at.forward(), expected = at.forward(true);
+      expect_close(actual.weights, expected.weights, tolerance<double>(), at.name());
+      for (int64_t t = 0; t < 7; ++t) {
+        EXPECT_EQ(actual.weights[static_cast<size_t>(t * E + E - 1)], 0) << at.name();
+      }
+      const auto upstream = normal_values<double>(7 * E, 21);
+      expect_close(at.backward(upstream, {.3, 0}), at.backward(upstream, {.3, 0}, true), 1e-11,
+                   at.name());
+    });
+  }
 }
 
 TEST(DSelectK, Threads) {

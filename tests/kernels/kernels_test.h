@@ -80,6 +80,19 @@ std::vector<T> normal_values(int64_t count, uint32_t seed, double scale = 1.0) {
   return values;
 }
 
+/// Maps of experts [K, E], another permutation for each of K parts.
+inline std::vector<int32_t> shuffled_map(int64_t num_parts, int64_t num_experts) {
+  std::vector<int32_t> map;
+  std::mt19937 bits(5);
+  for (int64_t i = 0; i < num_parts; ++i) {
+    std::vector<int32_t> experts(static_cast<size_t>(num_experts));
+    for (size_t l = 0; l < experts.size(); ++l) experts[l] = static_cast<int32_t>(l);
+    std::shuffle(experts.begin(), experts.end(), bits);
+    map.insert(map.end(), experts.begin(), experts.end());
+  }
+  return map;
+}
+
 /// What an output holds before the call: a cell that is left out shows.
 template <typename T>
 std::vector<T> nans(int64_t count) {

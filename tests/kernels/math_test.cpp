@@ -29,6 +29,30 @@ TEST(Math, ExpSaturates) {
   EXPECT_TRUE(std::isnan(exp_of(std::numeric_limits<float>::quiet_NaN())));
 }
 
+TEST(Math, SimdExp) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  double worst = 0;
+  for (double x = -708.3; x < 709.7; x += 0.00737) {
+    const double expected = std::exp(x);
+    worst = std::max(
+        worst, std::abs(simd_exp(x) - expected) / (std::nextafter(expected, kInfinity) - expected));
+  }
+  for (double x = -1; x < 1; x += 1.1e-5) {
+    const double expected = std::exp(x);
+    worst = std::max(
+        worst, std::abs(simd_exp(x) - expected) / (std::nextafter(expected, kInfinity) - expected));
+  }
+  EXPECT_LE(worst, 2.0);
+  for (double x = -745.0; x < -708.3; x += 0.0137) {  // subnormal results: one step apart
+    EXPECT_NEAR(simd_exp(x), std::exp(x), 0x1p-1074) << x;
+  }
+  EXPECT_EQ(simd_exp(0.0), 1.0);
+  EXPECT_EQ(simd_exp(-0.0), 1.0);
+  for (const double x : {709.79, 710.5, 1e4, 1e308, kInfinity}) EXPECT_EQ(simd_exp(x), kInfinity);
+  for (const double x : {-746.0, -1e4, -1e308, -kInfinity}) EXPECT_EQ(simd_exp(x), 0.0) << x;
+  EXPECT_TRUE(std::isnan(simd_exp(std::numeric_limits<double>::quiet_NaN())));
+}
+
 TEST(Math, LogWithinThreeUnits) {
   double worst = 0;
   for (double exponent = -126; exponent < 127.9; exponent += 0.00137) {
