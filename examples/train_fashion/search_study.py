@@ -266,27 +266,40 @@ def draw(arguments, results, path):
     styles = {"none": ("#222222", "o", "no search"), "sinkhorn": ("#E69F00", "s", "sinkhorn"),
               "swap": ("#0072B2", "^", "swap")}
     shown = [n for n in SHOWN if n <= arguments.trials]
-    figure, all_axes = plt.subplots(1, len(arguments.gates), squeeze=False, layout="constrained",
-                                    figsize=(3.6 * len(arguments.gates) + .6, 4))
-    for axes, gate in zip(all_axes[0], arguments.gates):
-        for shift, search in zip((.97, 1, 1.03), SEARCHES):
-            colour, marker, label = styles[search]
-            curves = curves_of(arguments, results, gate, search)
-            points = [mean_and_error([curve[n - 1] for curve in curves]) for n in shown]
-            # Side by side, so that error bars do not hide each other.
-            axes.errorbar([n * shift for n in shown], [mean for mean, _ in points],
-                          yerr=[error for _, error in points], color=colour, marker=marker,
-                          markersize=4.5, linewidth=1.4, elinewidth=1, capsize=2, label=label)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(shown, [str(n) for n in shown])
-        axes.minorticks_off()
-        axes.set_xlabel("trials")
-        axes.set_title(gate, fontsize=11, loc="left", color=plot_run.COLOURS[gate])
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#E5E5E5", linewidth=.8)
-        axes.set_axisbelow(True)
-    all_axes[0][0].set_ylabel("best validation cross-entropy")
-    all_axes[0][0].legend(frameon=False, fontsize=9)
+    figure, (upper, lower) = plt.subplots(
+        2, len(arguments.gates), squeeze=False, layout="constrained", sharex=True,
+        height_ratios=(3, 2), figsize=(3.6 * len(arguments.gates) + .6, 6.4))
+
+    def draw_line(axes, search, curves, shift):
+        colour, marker, label = styles[search]
+        points = [mean_and_error([curve[n - 1] for curve in curves]) for n in shown]
+        # Side by side, so that error bars do not hide each other.
+        axes.errorbar([n * shift for n in shown], [mean for mean, _ in points],
+                      yerr=[error for _, error in points], color=colour, marker=marker,
+                      markersize=4.5, linewidth=1.4, elinewidth=1, capsize=2, label=label)
+
+    for above, below, gate in zip(upper, lower, arguments.gates):
+        curves = {search: curves_of(arguments, results, gate, search) for search in SEARCHES}
+        for search, shift in zip(SEARCHES, (.97, 1, 1.03)):
+            draw_line(above, search, curves[search], shift)
+            if search == "none":
+                continue
+            # Of the same seed and settings, so that their luck is not in the error.
+            draw_line(below, search, [[a - b for a, b in zip(*pair)]
+                                      for pair in zip(curves[search], curves["none"])], shift)
+        below.axhline(0, color=styles["none"][0], linewidth=1)
+        above.set_title(gate, fontsize=11, loc="left", color=plot_run.COLOURS[gate])
+        for axes in (above, below):
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(shown, [str(n) for n in shown])
+            axes.minorticks_off()
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", color="#E5E5E5", linewidth=.8)
+            axes.set_axisbelow(True)
+        below.set_xlabel("trials")
+    upper[0].set_ylabel("best validation cross-entropy")
+    lower[0].set_ylabel("difference to no search")
+    upper[0].legend(frameon=False, fontsize=9)
     seeds = f", mean and standard error of {arguments.seeds} seeds" if arguments.seeds > 1 else ""
     figure.suptitle(f"Random search, task {arguments.task}: best of n trials{seeds}", fontsize=11,
                     x=.01, ha="left")
