@@ -71,8 +71,10 @@ at::Tensor mix(const at::Tensor& outputs, const Selection& selection) {
   const int64_t G = selection.weights.size(1);
   const gates::Routing& routing = selection.routing;
   const at::Tensor offsets = gates::explicit_offsets(routing).contiguous();
+  // A plain number would be a count of repeats, not the size of the result.
+  const std::optional<int64_t> num_assignments = routing.num_assignments();
   const at::Tensor token = at::repeat_interleave(
-      offsets.slice(0, 1).sub(offsets.slice(0, 0, -1)).to(at::kLong), routing.num_assignments());
+      offsets.slice(0, 1).sub(offsets.slice(0, 0, -1)).to(at::kLong), num_assignments);
   const at::Tensor row = token.mul(E).add(routing.expert_idx).to(at::kInt);
   const at::Tensor weights = selection.weights.detach().to(weight_type(outputs)).contiguous();
   at::Tensor mixed = at::empty({T, G * width}, outputs.options());
