@@ -24,9 +24,11 @@ namespace {
 
 using Clock = Meter::Clock;
 
+/// A copy: the graph of a loss outlives the batch.
 at::Tensor class_tensor(const std::vector<int64_t>& classes) {
   return at::from_blob(const_cast<int64_t*>(classes.data()), {static_cast<int64_t>(classes.size())},
-                       at::kLong);
+                       at::kLong)
+      .clone();
 }
 
 /// Adds up what batches give. Losses and hits are those of this rank, counts already those of all.

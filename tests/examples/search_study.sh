@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # search_study.py --quick: all its runs, going on after an interruption, the curve's closed form, and
 # what a person can do wrong.
-#   search_study.sh TRAIN_FASHION PYTHON SEARCH_STUDY TASK FOLDER_OF_THIS_TEST WORK_FOLDER
+#   search_study.sh TRAIN_FASHION SEARCH_STUDY TASK FOLDER_OF_THIS_TEST WORK_FOLDER
 set -euo pipefail
-train=$1 python=$2 study=$3 task=$4 here=$5 work=$6
+train=$1 study=$2 task=$3 here=$4 work=$5
 rm -rf "$work"
 mkdir -p "$work"
 cd "$work"
 
 run() {
-  "$python" "$study" --task "$task" --quick --program "$train" --data "$here/fashion-mnist" \
+  python3 "$study" --task "$task" --quick --program "$train" --data "$here/fashion-mnist" \
     --device cpu --results runs.jsonl -o study.png "$@"
 }
 fail() {
@@ -48,7 +48,7 @@ if run --results other.jsonl --data /no/such/folder >log4 2>&1 ||
   fail "goes on after a failed run"
 fi
 
-"$python" - "$study" <<'END'
+PYTHONDONTWRITEBYTECODE=1 python3 - "$study" <<'END'
 import importlib.util, itertools, sys
 spec = importlib.util.spec_from_file_location("study", sys.argv[1])
 study = importlib.util.module_from_spec(spec)
