@@ -217,7 +217,8 @@ def saving(gate, search, with_search, without):
     trials = len(without[0])
     ours, others = mean_curve(with_search), mean_curve(without)
     gain, error = mean_and_error([b[-1] - a[-1] for a, b in zip(with_search, without)])
-    pair = f"best of {trials}: {ours[-1]:.4f} against {others[-1]:.4f}, lower by {gain:.4f}"
+    pair = (f"best of {trials}: {ours[-1]:.4f} against {others[-1]:.4f}, "
+            f"{'lower' if gain >= 0 else 'higher'} by {abs(gain):.4f}")
     pair += f" ±{error:.4f}" if len(without) > 1 else ""
     if ours[-1] < others[-1]:
         needed = trials_to(ours, others[-1])

@@ -3,6 +3,7 @@
 //                       also with an idle one: losses, weights, held losses to 1e-12, phi to
 //                       1e-8, maps and counts equal
 //   WhenSwapSearches    at the start of each interval, while progress < until
+//   HeldLossIsTheMean   cross-entropy of the held images alone
 //   PhiIsTrained        by the learning rate of the experts, in the soft stage alone
 //   SoftStageIsReported its loss is named while it lasts, other losses keep their values
 //   WeightsAreByExpert  what the test says of weights and of loads agrees where outputs moved
@@ -208,6 +209,34 @@ TEST(OrderSearch, WhenSwapSearches) {
   EXPECT_EQ(searches(5, 1), 3);
   EXPECT_EQ(searches(0, 1), 3);  // 3 epochs of 4 steps
   EXPECT_EQ(searches(1, 0), 0);
+}
+
+// Held batches of all training images, and a step too small to matter: their loss is that of a test
+// on the training images.
+TEST(OrderSearch, HeldLossIsTheMean) {
+  DomainData domains = fixture_data();
+  domains.test = domains.train;
+  TrainOptions options = small_run(GateKind::kComet, PermSearch::kSwap);
+  options.global_batch_size = 64;
+  options.train_iters = 1;
+  options.lr = 1e-30;
+  options.search.held_batches = 4;
+  options.search.max_evaluations = 1;
+  const RunResult of_domains = on_ranks<RunResult>(
+      2, [&](const comm::Group& world) { return train_domains(world, domains, options); });
+  EXPECT_NEAR(of_domains.search.loss_before, of_domains.cross_entropy, 1e-12);
+  EXPECT_EQ(of_domains.search.loss_after, of_domains.search.loss_before);
+
+  MultiData pairs = fixture_pairs();
+  pairs.validation = pairs.train;
+  MultiOptions multi = small_multi(GateKind::kComet, PermSearch::kSwap, PermScope::kPerGate);
+  multi.train.global_batch_size = 32;
+  multi.train.train_iters = 1;
+  multi.train.lr = 1e-30;
+  multi.train.search = options.search;
+  const MultiResult of_pairs = on_ranks<MultiResult>(
+      2, [&](const comm::Group& world) { return train_multi(world, pairs, multi); });
+  EXPECT_NEAR(of_pairs.search.loss_before, of_pairs.best().validation.mean_cross_entropy(), 1e-12);
 }
 
 double largest_difference(const std::vector<WeightDump>& a, const std::vector<WeightDump>& b,
