@@ -172,6 +172,20 @@ void check(const TreeRun& run, const JsonFields& fields) {
   }
 }
 
+/// Of each tree, from that of each tree or of all together.
+std::vector<int64_t> expert_map(const TreeRun& run, const JsonFields& fields) {
+  const auto num_trees = static_cast<size_t>(run.num_trees);
+  const auto num_experts = static_cast<size_t>(run.num_experts);
+  const size_t num_units = fields.text("perm_scope") == "per_tree" ? num_trees : 1;
+  const std::vector<int64_t>& of_units =
+      fields.counts("perm_map", num_units * num_experts, run.num_experts - 1);
+  std::vector<int64_t> map;
+  while (map.size() < num_trees * num_experts) {
+    map.insert(map.end(), of_units.begin(), of_units.end());
+  }
+  return map;
+}
+
 TreeRun tree_run(const JsonObject& object, const std::string& place) {
   const JsonFields fields(object, place);
   TreeRun run;
@@ -194,6 +208,10 @@ TreeRun tree_run(const JsonObject& object, const std::string& place) {
   run.left = fields.counts("tree_left", num_trees * num_splits, limit);
   run.right = fields.counts("tree_right", num_trees * num_splits, limit);
   check(run, fields);
+  if (std::any_of(object.begin(), object.end(),
+                  [](const JsonField& field) { return field.name == "perm_map"; })) {
+    run.expert_map = expert_map(run, fields);
+  }
   return run;
 }
 
@@ -217,9 +235,9 @@ TreeRun read_tree_run(const std::string& path, std::optional<int64_t> seed) {
 
 std::vector<int64_t> expert_of_nodes(int64_t num_experts) {
   const auto num_splits = static_cast<size_t>(num_experts - 1);
-  std::vector<int64_t> experts(2 * num_splits + 1, -1);
+  std::vector<int64_t> leaves(2 * num_splits + 1, -1);
   std::vector<size_t> open{0};  // a stack: the left child on top
-  int64_t expert = 0;
+  int64_t leaf = 0;
   while (!open.empty()) {
     const size_t node = open.back();
     open.pop_back();
@@ -227,15 +245,20 @@ std::vector<int64_t> expert_of_nodes(int64_t num_experts) {
       open.push_back(2 * node + 2);
       open.push_back(2 * node + 1);
     } else {
-      experts[node] = expert++;
+      leaves[node] = leaf++;
     }
   }
-  return experts;
+  return leaves;
 }
 
 std::string tree_dot(const TreeRun& run) {
   const Trees trees(run);
-  const std::vector<int64_t> experts = expert_of_nodes(run.num_experts);
+  const std::vector<int64_t> leaves = expert_of_nodes(run.num_experts);
+  const auto expert_of = [&](size_t tree, size_t node) {
+    if (run.expert_map.empty()) return leaves[node];
+    return run.expert_map[tree * static_cast<size_t>(run.num_experts) +
+                          static_cast<size_t>(leaves[node])];
+  };
   const int64_t num_images = trees.reached(0, 0);
   std::string dot =
       "digraph comet {\n"
@@ -257,7 +280,7 @@ std::string tree_dot(const TreeRun& run) {
                  "label=",
                  tree, node, is_split ? "rounded" : "solid", frame.c_str()) +
              (is_split ? split_label(trees, tree, node)
-                       : leaf_label(run, trees, tree, node, experts[node], num_images)) +
+                       : leaf_label(run, trees, tree, node, expert_of(tree, node), num_images)) +
              "];\n";
     }
     for (size_t child = 1; child < trees.num_nodes(); ++child) {

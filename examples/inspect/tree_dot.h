@@ -18,6 +18,9 @@ struct TreeRun {
   std::vector<int64_t> reached;  ///< [K, 2E-1, domains] images that reach the node
   std::vector<int64_t> left;     ///< [K, E-1] of these, images that go left only
   std::vector<int64_t> right;    ///< [K, E-1] right only; the others take both ways
+  /// [K, E] expert of each leaf, of runs that searched for another order; else empty: leaf l is
+  /// expert l.
+  std::vector<int64_t> expert_map;
 };
 
 /// The run of a COMET gate in the file of `train_fashion --json`: that of `seed`, or the first.

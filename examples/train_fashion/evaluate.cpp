@@ -94,8 +94,11 @@ void evaluate(MoELayer& layer, const ImageTensors& images, const TrainOptions& o
     gates::GateInput gate_input;
     gate_input.tokens = input.tokens;
     gate_input.keys = input.keys;
-    const at::Tensor weights =
-        gates::dense_weights(gate.forward(gate_input).routing, options.num_experts).cpu();
+    const gates::GateOutput gate_output =
+        layer.permutations().empty()
+            ? gate.forward(gate_input)
+            : layer.permutations().front()->forward(gate, gate_input, at::Tensor());
+    const at::Tensor weights = gates::dense_weights(gate_output.routing, options.num_experts).cpu();
     sums.active += weights.gt(kActiveWeight).sum().item<double>();
     sums.weight.index_add_(0, domains, weights.to(at::kDouble));
     sums.images.index_add_(0, domains, at::ones_like(domains, at::kDouble));

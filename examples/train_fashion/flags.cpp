@@ -41,6 +41,14 @@ const std::map<std::string, Protocol> kProtocols = {{"small", Protocol::kSmall},
 const std::map<std::string, ExpertKind> kExperts = {{"mlp", ExpertKind::kMlp},
                                                     {"conv", ExpertKind::kConv}};
 
+const std::map<std::string, gates::PermSearch> kSearches = {
+    {"none", gates::PermSearch::kNone},
+    {"sinkhorn", gates::PermSearch::kSinkhorn},
+    {"swap", gates::PermSearch::kSwap}};
+const std::map<std::string, gates::PermScope> kScopes = {{"shared", gates::PermScope::kShared},
+                                                         {"per_gate", gates::PermScope::kPerGate},
+                                                         {"per_tree", gates::PermScope::kPerTree}};
+
 template <typename T>
 std::vector<std::string> keys_of(const std::map<std::string, T>& table) {
   std::vector<std::string> keys;
@@ -58,6 +66,36 @@ std::string key_of(const std::map<std::string, T>& table, T value) {
 std::vector<std::string> gate_words(Task task) {
   if (task == Task::kMulti) return {"single", "topk", "dselectk", "comet", "dense", "all"};
   return {"single", "hash", "oracle", "topk", "dselectk", "comet", "dense", "all"};
+}
+
+void look_up_search(const Words& words, const CLI::App& app, ProgramOptions& options) {
+  SearchOptions& search = options.train.search;
+  search.permutation.search(kSearches.at(words.perm_search)).scope(kScopes.at(words.perm_scope));
+  const auto refuse = [&app](bool holds, const char* flag, const char* needs) {
+    if (!holds && app.count(flag) > 0) {
+      throw CLI::ValidationError(flag, std::string("needs --perm-search ") + needs);
+    }
+  };
+  const bool any = words.perm_search != "none";
+  const bool swaps = words.perm_search == "swap";
+  for (const char* flag : {"--perm-scope", "--perm-until", "--perm-scramble"}) {
+    refuse(any, flag, "sinkhorn or swap");
+  }
+  refuse(swaps, "--perm-interval", "swap");
+  for (const char* flag : {"--perm-held-batches", "--perm-max-evaluations"}) {
+    refuse(swaps || search.scramble > 0, flag, "swap, or --perm-scramble");
+  }
+  if (!any || search.permutation.scope() != gates::PermScope::kPerTree) return;
+  // The layer says so as well, but of --gate all the first gates would have been trained by then.
+  for (const GateKind gate : options.gates) {
+    if (gate == GateKind::kComet || gate == GateKind::kDSelectK || gate == GateKind::kSingle) {
+      continue;
+    }
+    throw CLI::ValidationError("--perm-scope",
+                               std::string("per_tree needs gates with trees or selectors, dselectk "
+                                           "or comet, but ") +
+                                   gate_name(gate) + " has none; choose shared or per_gate");
+  }
 }
 
 }  // namespace
@@ -151,6 +189,51 @@ void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
       ->check(one_of(keys_of(kDTypes)))
       ->capture_default_str()
       ->group("Model");
+}
+
+void add_search_flags(CLI::App& app, ProgramOptions& options, Words& words) {
+  SearchOptions& search = options.train.search;
+  app.add_option(
+         "--perm-search", words.perm_search,
+         "search over the order in which outputs of gates meet experts. sinkhorn: a relaxed "
+         "order is trained with the model, then rounded; swap: exchanges are tried on held "
+         "batches. The gate single has no order and ignores it")
+      ->check(one_of({"none", "sinkhorn", "swap"}))
+      ->capture_default_str()
+      ->group("Search");
+  app.add_option("--perm-scope", words.perm_scope,
+                 "what has an order of its own: nothing, each gate, each tree or selector")
+      ->check(one_of({"shared", "per_gate", "per_tree"}))
+      ->capture_default_str()
+      ->group("Search");
+  app.add_option(
+         "--perm-until", search.permutation.until(),
+         "share of the run, at its start, in which the order is searched; it stays as it is "
+         "from then on")
+      ->check(in_range<double>(0, 1))
+      ->capture_default_str()
+      ->group("Search");
+  app.add_option("--perm-held-batches", search.held_batches,
+                 "batches of training images that swap compares orders on")
+      ->check(in_range<int64_t>(1, kMany))
+      ->capture_default_str()
+      ->group("Search");
+  app.add_option("--perm-max-evaluations", search.max_evaluations,
+                 "of the loss on these batches in one search of swap")
+      ->check(in_range<int64_t>(1, kMany))
+      ->capture_default_str()
+      ->group("Search");
+  app.add_option("--perm-interval", search.interval,
+                 "steps between two searches of swap; 0: once an epoch")
+      ->check(in_range<int64_t>(0, kMany))
+      ->capture_default_str()
+      ->group("Search");
+  app.add_option("--perm-scramble", search.scramble,
+                 "after the training: times that the order is scrambled and searched again, to see "
+                 "whether the search repairs it; results are those of the trained order")
+      ->check(in_range<int64_t>(0, 1'000'000))
+      ->capture_default_str()
+      ->group("Search");
 }
 
 void add_training_flags(CLI::App& app, ProgramOptions& options) {
@@ -278,6 +361,7 @@ void look_up(const Words& words, const CLI::App& app, ProgramOptions& options) {
   options.experts = kExperts.at(words.experts);
   options.train.input_norm = words.input_norm == "layer_norm";
   options.train.dtype = kDTypes.at(words.dtype);
+  look_up_search(words, app, options);
 }
 
 }  // namespace perseid::examples

@@ -13,12 +13,15 @@ Meter::Meter(const TrainOptions& options)
       images_per_step_(static_cast<double>(options.global_batch_size)) {}
 
 void Meter::add(double cross_entropy, const MoEOutput& output) {
-  if (local_.empty()) {
-    for (const gates::NamedLoss& loss : output.losses) names_.push_back(loss.name);
-    local_.assign(1 + names_.size(), 0);
+  cross_entropy_ += cross_entropy;
+  for (auto loss = output.losses.begin(); loss != output.losses.end(); ++loss) {
+    const auto number = std::count_if(
+        output.losses.begin(), loss,
+        [loss](const gates::NamedLoss& earlier) { return earlier.name == loss->name; });
+    Loss& sum = loss_of(loss->name, number);
+    sum.local += loss->raw.item<double>();
+    ++sum.steps;
   }
-  local_[0] += cross_entropy;
-  for (size_t i = 0; i < names_.size(); ++i) local_[1 + i] += output.losses[i].raw.item<double>();
   for (const gates::GateStats& gate : output.stats.gates) {
     load_ += gate.tokens_per_expert;
     num_assignments_ += gate.num_assignments;
@@ -28,17 +31,29 @@ void Meter::add(double cross_entropy, const MoEOutput& output) {
   ++steps_;
 }
 
+Meter::Loss& Meter::loss_of(const std::string& name, int64_t number) {
+  const auto found = std::find_if(losses_.begin(), losses_.end(), [&](const Loss& loss) {
+    return loss.name == name && loss.number == number;
+  });
+  if (found != losses_.end()) return *found;
+  return losses_.emplace_back(Loss{name, number});
+}
+
 StepReport Meter::report(int64_t step, int64_t num_steps, const comm::Group& world) {
-  comm::all_reduce(local_.data(), static_cast<int64_t>(local_.size()), comm::ReduceOp::kSum, world,
+  std::vector<double> sums{cross_entropy_};
+  for (const Loss& loss : losses_) sums.push_back(loss.local);
+  comm::all_reduce(sums.data(), static_cast<int64_t>(sums.size()), comm::ReduceOp::kSum, world,
                    {"report", -1, step});
   const double seconds = std::chrono::duration<double>(Clock::now() - start_).count();
   const auto steps = static_cast<double>(steps_);
   StepReport report;
   report.step = step;
   report.num_steps = num_steps;
-  report.cross_entropy = local_[0] / steps;
-  for (size_t i = 0; i < names_.size(); ++i) {
-    report.gate_losses.push_back({names_[i], local_[1 + i] / steps});
+  report.cross_entropy = sums[0] / steps;
+  for (size_t i = 0; i < losses_.size(); ++i) {
+    if (losses_[i].steps == 0) continue;
+    report.gate_losses.push_back(
+        {losses_[i].name, sums[1 + i] / static_cast<double>(losses_[i].steps)});
   }
   report.tokens_per_expert.assign(load_.const_data_ptr<int64_t>(),
                                   load_.const_data_ptr<int64_t>() + load_.numel());
@@ -48,7 +63,8 @@ StepReport Meter::report(int64_t step, int64_t num_steps, const comm::Group& wor
   report.num_dropped = num_dropped_;
   report.step_ms = 1e3 * seconds / steps;
   report.tokens_per_second = steps * images_per_step_ / seconds;
-  std::fill(local_.begin(), local_.end(), 0);
+  cross_entropy_ = 0;
+  for (Loss& loss : losses_) loss = Loss{loss.name, loss.number};
   load_.zero_();
   num_assignments_ = 0;
   num_dropped_ = 0;

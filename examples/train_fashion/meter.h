@@ -27,8 +27,17 @@ class Meter {
   StepReport report(int64_t step, int64_t num_steps, const comm::Group& world);
 
  private:
-  std::vector<std::string> names_;  // of the losses of the gate
-  std::vector<double> local_;       // cross-entropy, then the losses of the gate
+  /// A loss of a gate or of an order of experts. Several gates may have losses of one name.
+  struct Loss {
+    std::string name;
+    int64_t number = 0;  ///< among those of its name
+    double local = 0;
+    int64_t steps = 0;  ///< that it was part of: an order has one in its soft stage alone
+  };
+  Loss& loss_of(const std::string& name, int64_t number);
+
+  double cross_entropy_ = 0;  // local
+  std::vector<Loss> losses_;
   at::Tensor load_;
   double images_per_step_;
   double num_gates_ = 1;

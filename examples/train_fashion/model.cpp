@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "comm/collectives.h"
+#include "examples/train_fashion/search.h"
 #include "gates/baseline_gates.h"
 #include "gates/comet_gate.h"
 #include "gates/dselect_k_gate.h"
@@ -82,6 +83,11 @@ void convert_parameters(const torch::nn::Module& module, at::ScalarType dtype) {
   for (at::Tensor parameter : module.parameters()) parameter.set_data(parameter.detach().to(dtype));
 }
 
+void convert_permutations(const MoELayer& layer) {
+  for (const auto& permutation : layer.permutations())
+    convert_parameters(*permutation, at::kDouble);
+}
+
 WeightDump dump_of(const std::string& name, const at::Tensor& tensor) {
   const at::Tensor values = tensor.detach().to(at::kCPU, at::kDouble).contiguous();
   const double* first = values.const_data_ptr<double>();
@@ -120,9 +126,11 @@ std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOption
 
   MoELayerOptions layer_options;
   layer_options.capacity.capacity_factor = options.capacity_factor;
+  layer_options.permutation = permutation_options(options);
   auto layer =
       std::make_shared<MoELayer>(std::vector<std::shared_ptr<gates::Gate>>{std::move(gate)},
                                  std::move(experts), placement, groups, layer_options);
+  if (dtype == at::kDouble) convert_permutations(*layer);
   layer->to(tensor_device(options));
   return layer;
 }
@@ -137,11 +145,21 @@ MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys,
   return input;
 }
 
+void add_permutations(const MoELayer& layer, std::vector<WeightDump>& dumps) {
+  for (size_t i = 0; i < layer.permutations().size(); ++i) {
+    const gates::ExpertPermutation& permutation = *layer.permutations()[i];
+    const std::string name = "permutation_" + std::to_string(i) + ".";
+    dumps.push_back(dump_of(name + "expert_map", permutation.expert_map));
+    if (permutation.phi.defined()) dumps.push_back(dump_of(name + "phi", permutation.phi));
+  }
+}
+
 std::vector<WeightDump> collect_weights(const MoELayer& layer, int64_t num_experts) {
   std::vector<WeightDump> dumps;
   for (const auto& parameter : layer.gates().front()->named_parameters()) {
     dumps.push_back(dump_of("gate." + parameter.key(), parameter.value()));
   }
+  add_permutations(layer, dumps);
   const std::vector<int64_t>& ids = layer.experts()->expert_ids();
   for (const auto& parameter : layer.experts()->named_parameters()) {
     const WeightDump mine = dump_of("experts." + parameter.key(), parameter.value());

@@ -17,6 +17,9 @@ at::Device tensor_device(const TrainOptions& options);
 
 void convert_parameters(const torch::nn::Module& module, at::ScalarType dtype);
 
+/// To float64 what the orders of experts are trained by.
+void convert_permutations(const MoELayer& layer);
+
 /// All values of a tensor in double.
 WeightDump dump_of(const std::string& name, const at::Tensor& tensor);
 
@@ -33,6 +36,9 @@ std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOption
 /// @param pixels  [n, 784] uint8
 /// @param keys    [n] int64, of the hash and oracle gates: the expert is the key mod E
 MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys, const TrainOptions& options);
+
+/// Adds the orders of experts and what they are trained by, if there are any.
+void add_permutations(const MoELayer& layer, std::vector<WeightDump>& dumps);
 
 /// All parameters in global expert order. Collective: experts are collected from their ranks.
 std::vector<WeightDump> collect_weights(const MoELayer& layer, int64_t num_experts);

@@ -14,6 +14,7 @@
 
 #include "comm/collectives.h"
 #include "examples/train_fashion/model.h"
+#include "examples/train_fashion/search.h"
 #include "kernels/random.h"
 #include "moe/module_experts.h"
 
@@ -122,8 +123,10 @@ MultiModel::MultiModel(const comm::Group& world, const MultiOptions& options)
   }
   MoELayerOptions layer_options;
   layer_options.capacity.capacity_factor = train.capacity_factor;
+  layer_options.permutation = permutation_options(train);
   layer_ = register_module("layer", std::make_shared<MoELayer>(std::move(gates), std::move(experts),
                                                                placement, groups, layer_options));
+  if (dtype == at::kDouble) convert_permutations(*layer_);
   for (size_t task = 0; task < kNumTasks; ++task) {
     towers_[task] = register_module("tower_" + std::to_string(task),
                                     make_tower(network_key(train, kStreamTowers, task)));
@@ -172,6 +175,7 @@ std::vector<WeightDump> collect_weights(MultiModel& model, const MultiOptions& o
       dumps.push_back(dump_of("tower_" + number + "." + parameter.key(), parameter.value()));
     }
   }
+  add_permutations(model.layer(), dumps);
   const auto mine = model.layer().experts()->named_parameters();
   const std::shared_ptr<Network> pattern = make_multi_expert(options.experts, 0);
   for (int64_t expert = 0; expert < options.train.num_experts; ++expert) {

@@ -5,6 +5,7 @@
 
 #include "examples/common/console.h"
 #include "examples/common/text.h"
+#include "examples/train_fashion/search_report.h"
 
 namespace perseid::examples {
 namespace {
@@ -107,13 +108,17 @@ std::string result_line(const FinishedMulti& run) {
         score.cross_entropy, score.experts_per_token, score.max_vio,
         load_bars(score.tokens_per_expert).c_str());
   }
-  return lines;
+  return lines + search_lines(result.search);
 }
 
 std::string final_table(const std::vector<FinishedMulti>& runs) {
   std::vector<std::string> header{"gate", "task"};
   for (const Column& column : columns()) header.emplace_back(column.name);
   for (const Column& column : shared_columns()) header.emplace_back(column.name);
+  const bool has_search = std::any_of(runs.begin(), runs.end(), [](const FinishedMulti& run) {
+    return run.result.search.is_used();
+  });
+  if (has_search) add_search_header(header);
   std::vector<std::vector<std::string>> rows;
   for (auto first = runs.begin(); first != runs.end();) {
     const auto last = std::find_if(
@@ -131,6 +136,13 @@ std::string final_table(const std::vector<FinishedMulti>& runs) {
       for (const Column& column : shared_columns()) {
         rows.back().push_back(task == 0 ? text(column) : "");
       }
+      if (!has_search) continue;
+      std::vector<SearchResult> searches;  // of both tasks together
+      if (task == 0) {
+        std::for_each(first, last,
+                      [&](const FinishedMulti& run) { searches.push_back(run.result.search); });
+      }
+      add_search_cells(searches, rows.back());
     }
     first = last;
   }
@@ -168,6 +180,7 @@ JsonObject result_json(const FinishedMulti& run, const MultiOptions& options, in
       {"tokens_per_expert_top_left", result.test.tasks[0].tokens_per_expert},
       {"tokens_per_expert_bottom_right", result.test.tasks[1].tokens_per_expert},
       {"seconds_per_epoch", result.seconds_per_epoch}};
+  add_search(object, train, result.search);
   add_curves(object, "train", result, &EpochScore::train);
   add_curves(object, "validation", result, &EpochScore::validation);
   return object;

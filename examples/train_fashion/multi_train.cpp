@@ -15,6 +15,7 @@
 #include "examples/train_fashion/meter.h"
 #include "examples/train_fashion/multi_model.h"
 #include "examples/train_fashion/optimizer.h"
+#include "examples/train_fashion/search.h"
 #include "examples/train_fashion/shard.h"
 #include "moe/gradients.h"
 
@@ -23,9 +24,11 @@ namespace {
 
 using Clock = Meter::Clock;
 
+/// A copy: the graph of a loss outlives the batch.
 at::Tensor class_tensor(const std::vector<int64_t>& classes) {
   return at::from_blob(const_cast<int64_t*>(classes.data()), {static_cast<int64_t>(classes.size())},
-                       at::kLong);
+                       at::kLong)
+      .clone();
 }
 
 /// Adds up what batches give. Losses and hits are those of this rank, counts already those of all.
@@ -114,7 +117,9 @@ class Trainer {
         steps_per_epoch_(data.train.size() / options_.global_batch_size),
         model_(world, options),
         optimizer_(model_, model_.layer().gates(), options_),
-        meter_(options_) {
+        meter_(options_),
+        search_(model_, model_.layer(), options_, data.train.size(),
+                [this](std::span<const int64_t> samples) { return held_loss(samples); }) {
     model_.train();
   }
 
@@ -127,6 +132,7 @@ class Trainer {
     ScoreSums sums;
     for (int64_t i = 0; i < steps_per_epoch_ && step_ < num_steps_; ++i) {
       const auto first = static_cast<size_t>(i * options_.global_batch_size + shard_.begin);
+      search_orders();
       train_step(draw_batch(data_.train,
                             std::span(order).subspan(first, static_cast<size_t>(shard_.size))),
                  sums);
@@ -143,6 +149,12 @@ class Trainer {
     return score;
   }
 
+  /// Collective, after the training.
+  SearchResult finish_search() {
+    search_.repair();
+    return search_.result();
+  }
+
   bool finished() const { return step_ == num_steps_; }
   MultiModel& model() { return model_; }
   double seconds_per_epoch() const {
@@ -157,6 +169,22 @@ class Trainer {
   }
 
  private:
+  void search_orders() {
+    const auto start = Clock::now();
+    search_.before_step(step_);
+    meter_.skip_since(start);
+  }
+
+  at::Tensor held_loss(std::span<const int64_t> samples) {
+    const CanvasBatch batch = draw_batch(data_.train, samples);
+    return mean_loss(cross_entropy_sums(model_.forward(multi_input(batch, options_)), batch));
+  }
+
+  /// This rank's part of the loss of a batch, from sums over its samples.
+  at::Tensor mean_loss(const std::array<at::Tensor, kNumTasks>& of_tasks) const {
+    return (of_tasks[0] + of_tasks[1]) / (2 * options_.global_batch_size);
+  }
+
   void train_step(const CanvasBatch& batch, ScoreSums& sums) {
     MoEInput input = multi_input(batch, options_);
     input.step = step_;
@@ -165,7 +193,7 @@ class Trainer {
     // The loss is the sum over ranks of local losses, each over the samples of the whole batch.
     const MultiOutput output = model_.forward(input);
     const std::array<at::Tensor, kNumTasks> of_tasks = cross_entropy_sums(output, batch);
-    const at::Tensor cross_entropy = (of_tasks[0] + of_tasks[1]) / (2 * options_.global_batch_size);
+    const at::Tensor cross_entropy = mean_loss(of_tasks);
     const at::Tensor loss = cross_entropy + output.layer.loss();
     optimizer_.zero_grad();
     loss.backward();
@@ -178,7 +206,8 @@ class Trainer {
     sums.add(of_tasks, output, batch);
     meter_.add(cross_entropy.item<double>(), output.layer);
     if (step_ == 1 || finished() || step_ % options_.log_interval == 0) {
-      const StepReport report = meter_.report(step_, num_steps_, world_);
+      StepReport report = meter_.report(step_, num_steps_, world_);
+      report.search = search_.result();
       if (on_report_) on_report_(report);
     }
   }
@@ -193,6 +222,7 @@ class Trainer {
   MultiModel model_;
   GateAdam optimizer_;
   Meter meter_;
+  OrderSearch search_;
   int64_t step_ = 0;
   double seconds_ = 0;
   std::vector<double> losses_;  // this rank's share
@@ -245,6 +275,7 @@ MultiResult train_multi(const comm::Group& world, const MultiData& data,
   }
   result.losses = trainer.losses();
   result.num_steps = static_cast<int64_t>(result.losses.size());
+  result.search = trainer.finish_search();
   result.seconds_per_epoch = trainer.seconds_per_epoch();
   result.weights = collect_weights(trainer.model(), options);
   return result;

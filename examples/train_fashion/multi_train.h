@@ -55,9 +55,10 @@ using OnEpoch = std::function<void(const EpochScore&)>;
 struct MultiResult {
   int64_t num_steps = 0;
   std::vector<EpochScore> epochs;
-  int64_t best_epoch = 0;        ///< that with the least mean validation cross-entropy
-  MultiScore test;               ///< after the best epoch
-  double seconds_per_epoch = 0;  ///< of training, without validation and test
+  int64_t best_epoch = 0;  ///< that with the least mean validation cross-entropy
+  MultiScore test;         ///< after the best epoch
+  SearchResult search;
+  double seconds_per_epoch = 0;  ///< of training, searches included, without validation and test
   std::vector<double> losses;    ///< of every step: (CE + CE) / 2 + losses of the gates
   std::vector<WeightDump> weights;
 

@@ -48,6 +48,7 @@ CommandLine parse_command_line(int argc, const char* const* argv) {
       "train_fashion");
   app.get_formatter()->column_width(46);
   add_model_flags(app, options, words);
+  add_search_flags(app, options, words);
   add_training_flags(app, options);
   add_parallel_flags(app, options);
   add_output_flags(app, options);
@@ -96,6 +97,13 @@ uint32_t config_hash(const ProgramOptions& options) {
         train.gate_lr_factor, train.lr_decay, train.adam_eps}) {
     add_real(value);
   }
+  const SearchOptions& search = train.search;
+  for (const int64_t value : {static_cast<int64_t>(search.permutation.search()),
+                              static_cast<int64_t>(search.permutation.scope()), search.held_batches,
+                              search.max_evaluations, search.interval, search.scramble}) {
+    add(static_cast<uint64_t>(value));
+  }
+  add_real(search.permutation.until());
   add(train.hard_eval ? 1 : 0);
   add(train.input_norm ? 1 : 0);
   add(static_cast<uint64_t>(options.task));

@@ -13,6 +13,7 @@
 #include "examples/common/device.h"
 #include "examples/common/text.h"
 #include "examples/train_fashion/metrics.h"
+#include "examples/train_fashion/search_report.h"
 
 namespace perseid::examples {
 namespace {
@@ -127,6 +128,8 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
   settings.push_back({"capacity factor", train.capacity_factor > 0
                                              ? format_text("%g", train.capacity_factor)
                                              : std::string("0 (dropless)")});
+  const std::string search = search_text(train, options.gates);
+  if (!search.empty()) settings.push_back({"order of experts", search});
   const std::string dtype = train.dtype == kernels::DType::kFloat64    ? "float64"
                             : train.dtype == kernels::DType::kBFloat16 ? "bfloat16"
                                                                        : "float32";
@@ -178,18 +181,20 @@ std::string step_line(const StepReport& report) {
   if (report.num_dropped > 0) {
     line += format_text(" | drop %lld", static_cast<long long>(report.num_dropped));
   }
-  return line + format_text(" | %.2f ms | %s tok/s", report.step_ms,
-                            short_count(report.tokens_per_second).c_str());
+  return line + search_part(report.search) +
+         format_text(" | %.2f ms | %s tok/s", report.step_ms,
+                     short_count(report.tokens_per_second).c_str());
 }
 
 std::string result_line(const FinishedRun& run) {
   const RunResult& result = run.result;
   return format_text(
-      "test %s seed %llu | accuracy %.4f | loss %.4f | experts/token %.2f | maxvio %.2f"
-      " | NMI %.2f | %.1f s\nload %s",
-      gate_name(run.gate), static_cast<unsigned long long>(run.seed), result.accuracy,
-      result.cross_entropy, result.experts_per_token, result.max_vio, result.domain_nmi,
-      result.seconds, load_bars(result.tokens_per_expert).c_str());
+             "test %s seed %llu | accuracy %.4f | loss %.4f | experts/token %.2f | maxvio %.2f"
+             " | NMI %.2f | %.1f s\nload %s",
+             gate_name(run.gate), static_cast<unsigned long long>(run.seed), result.accuracy,
+             result.cross_entropy, result.experts_per_token, result.max_vio, result.domain_nmi,
+             result.seconds, load_bars(result.tokens_per_expert).c_str()) +
+         search_lines(result.search);
 }
 
 std::string final_table(const std::vector<FinishedRun>& runs) {
@@ -207,8 +212,11 @@ std::string final_table(const std::vector<FinishedRun>& runs) {
       {"NMI", "%.2f", [](const RunResult& r) { return r.domain_nmi; }},
       {"s/epoch", "%.2f", [](const RunResult& r) { return r.seconds_per_epoch; }},
       {"rows/image", "%.2f", [](const RunResult& r) { return r.rows_per_token; }}};
+  const bool has_search = std::any_of(
+      runs.begin(), runs.end(), [](const FinishedRun& run) { return run.result.search.is_used(); });
   std::vector<std::string> header{"gate"};
   for (const Column& column : columns) header.emplace_back(column.name);
+  if (has_search) add_search_header(header);
   std::vector<std::vector<std::string>> rows;
   for (auto first = runs.begin(); first != runs.end();) {
     const auto last = std::find_if(first, runs.end(),
@@ -217,6 +225,11 @@ std::string final_table(const std::vector<FinishedRun>& runs) {
     rows.push_back({gate_name(first->gate)});
     for (const Column& column : columns) {
       rows.back().push_back(mean_of_runs(same, column.format, column.value));
+    }
+    if (has_search) {
+      std::vector<SearchResult> searches;
+      for (const FinishedRun& run : same) searches.push_back(run.result.search);
+      add_search_cells(searches, rows.back());
     }
     first = last;
   }
@@ -252,6 +265,7 @@ JsonObject result_json(const FinishedRun& run, const TrainOptions& options, int 
                     {"seconds_per_epoch", result.seconds_per_epoch},
                     {"domains", std::vector<std::string>(kDomainNames.begin(), kDomainNames.end())},
                     {"domain_expert", shortened(result.domain_expert)}};
+  add_search(object, options, result.search);
   add_curve(object, result.curve);
   if (result.trees.num_trees > 0) {
     object.push_back({"tree_reached", result.trees.reached});

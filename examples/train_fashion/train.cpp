@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <chrono>
+#include <span>
 
 #include "comm/collectives.h"
 #include "examples/train_fashion/evaluate.h"
@@ -12,6 +13,7 @@
 #include "examples/train_fashion/meter.h"
 #include "examples/train_fashion/model.h"
 #include "examples/train_fashion/optimizer.h"
+#include "examples/train_fashion/search.h"
 #include "examples/train_fashion/shard.h"
 #include "moe/gradients.h"
 
@@ -20,8 +22,31 @@ namespace {
 
 constexpr int64_t kCurvePoints = 50;
 
+/// Layer and loss of some images of the data set.
+struct BatchResult {
+  MoEOutput output;
+  at::Tensor cross_entropy;  ///< summed over these images / global_batch_size
+};
+BatchResult run_batch(MoELayer& layer, const ImageTensors& images, std::span<const int64_t> numbers,
+                      const TrainOptions& options, int64_t step, double progress) {
+  // from_blob wants a mutable pointer; nothing here writes through it.
+  const at::Tensor chosen = at::from_blob(const_cast<int64_t*>(numbers.data()),
+                                          {static_cast<int64_t>(numbers.size())}, at::kLong);
+  MoEInput input = model_input(images.pixels.index_select(0, chosen),
+                               images.keys.index_select(0, chosen), options);
+  input.step = step;
+  input.progress = progress;
+  BatchResult result{layer.forward(input), {}};
+  // The loss is the sum over ranks of local losses, each over the images of the whole batch.
+  result.cross_entropy =
+      cross_entropy_sum(result.output.output(),
+                        images.labels.index_select(0, chosen).to(input.tokens.device())) /
+      options.global_batch_size;
+  return result;
+}
+
 void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& options,
-           const OnReport& on_report, RunResult& result) {
+           const OnReport& on_report, OrderSearch& search, RunResult& result) {
   const comm::Group& world = layer.groups().world;
   GateAdam optimizer(layer, layer.gates(), options);
   const int64_t num_images = images.labels.size(0);
@@ -41,24 +66,20 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
       order = random_order(num_images, options.seed,
                            kStreamOrder + static_cast<uint64_t>(step / steps_per_epoch));
     }
+    const auto search_start = Meter::Clock::now();
+    search.before_step(step);
+    meter.skip_since(search_start);
     const int64_t first = step % steps_per_epoch * options.global_batch_size + shard.begin;
-    const at::Tensor chosen = at::from_blob(order.data() + first, {shard.size}, at::kLong);
-    MoEInput input = model_input(images.pixels.index_select(0, chosen),
-                                 images.keys.index_select(0, chosen), options);
-    input.step = step;
-    input.progress = static_cast<double>(step) / static_cast<double>(result.num_steps);
-
-    // The loss is the sum over ranks of local losses, each over the images of the whole batch.
-    const MoEOutput output = layer.forward(input);
-    const at::Tensor cross_entropy =
-        cross_entropy_sum(output.output(),
-                          images.labels.index_select(0, chosen).to(input.tokens.device())) /
-        options.global_batch_size;
+    const double progress = static_cast<double>(step) / static_cast<double>(result.num_steps);
+    const auto [output, cross_entropy] = run_batch(
+        layer, images,
+        std::span(order).subspan(static_cast<size_t>(first), static_cast<size_t>(shard.size)),
+        options, step, progress);
     const at::Tensor loss = cross_entropy + output.loss();
     optimizer.zero_grad();
     loss.backward();
     sum_gradients(layer, layer.groups());
-    optimizer.step(input.progress);
+    optimizer.step(progress);
     layer.after_step(output.stats);
 
     result.losses.push_back(loss.item<double>());
@@ -68,7 +89,8 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
     rows += output.stats.rows_processed;
     const bool last = step + 1 == result.num_steps;
     if (step == 0 || last || (step + 1) % options.log_interval == 0) {
-      const StepReport report = meter.report(step + 1, result.num_steps, world);
+      StepReport report = meter.report(step + 1, result.num_steps, world);
+      report.search = search.result();
       if (on_report) on_report(report);
     }
     if (last || (step + 1) % curve_interval == 0) {
@@ -146,12 +168,19 @@ RunResult train_domains(const comm::Group& world, const DomainData& data,
   RunResult result;
   comm::barrier(world);
   const auto start = std::chrono::steady_clock::now();
-  train(*layer, ImageTensors(data.train, options.gate), options, on_report, result);
+  const ImageTensors images(data.train, options.gate);
+  OrderSearch search(*layer, *layer, options, data.train.size(),
+                     [&](std::span<const int64_t> held) {
+                       return run_batch(*layer, images, held, options, 0, 0).cross_entropy;
+                     });
+  train(*layer, images, options, on_report, search, result);
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
   result.seconds = time.count();
   result.seconds_per_epoch = result.seconds / static_cast<double>(result.num_steps) *
                              static_cast<double>(data.train.size() / options.global_batch_size);
   evaluate(*layer, ImageTensors(data.test, options.gate), options, result);
+  search.repair();
+  result.search = search.result();
   result.weights = collect_weights(*layer, options.num_experts);
   return result;
 }

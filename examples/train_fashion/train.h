@@ -6,6 +6,7 @@
 
 #include "comm/group.h"
 #include "examples/train_fashion/domains.h"
+#include "gates/expert_permutation.h"
 #include "kernels/dtype.h"
 #include "kernels/stream.h"
 
@@ -13,6 +14,15 @@ namespace perseid::examples {
 
 enum class GateKind : uint8_t { kSingle, kHash, kOracle, kTopK, kDSelectK, kComet, kDense };
 const char* gate_name(GateKind gate);
+
+/// Search over the order in which outputs of gates meet experts.
+struct SearchOptions {
+  gates::PermutationOptions permutation;  ///< its seed is that of the run
+  int64_t held_batches = 4;      ///< that orders are compared on, each of global_batch_size images
+  int64_t max_evaluations = 64;  ///< of the held loss in one search
+  int64_t interval = 0;          ///< steps between two searches of kSwap; 0: an epoch
+  int64_t scramble = 0;          ///< trials of a repair after the training
+};
 
 /// Settings of one run; defaults are the recipe of README.md.
 struct TrainOptions {
@@ -41,6 +51,7 @@ struct TrainOptions {
   int64_t ep_size = 0;         ///< ranks that share the experts; 0: all
   int64_t idle_ranks = 0;      ///< the last ranks that get no images
   int64_t log_interval = 100;  ///< steps between two reports
+  SearchOptions search;
 };
 
 /// Parameters of the whole model and those that one image meets; of
@@ -57,6 +68,30 @@ double learning_rate(const TrainOptions& options, double progress);
 
 /// Steps of a run: train_iters, or epochs without their last incomplete batch.
 int64_t num_steps(const TrainOptions& options, int64_t num_images);
+
+/// A scrambled order and what the search made of it.
+struct RepairTrial {
+  double scrambled_loss = 0;  ///< held loss
+  double loss = 0;            ///< held loss after the search
+  int64_t evaluations = 0;
+  bool is_recovered = false;  ///< at most 1e-6 above the held loss of the trained order
+};
+
+/// What a search over orders did; the same on every rank.
+struct SearchResult {
+  int64_t searches = 0;                    ///< of kSwap
+  int64_t evaluations = 0;                 ///< of the held loss, in all of them
+  int64_t moves = 0;                       ///< accepted in all of them
+  double loss_before = 0;                  ///< held loss before the last search
+  double loss_after = 0;                   ///< and after it
+  double seconds = 0;                      ///< of all searches
+  std::vector<std::vector<int64_t>> maps;  ///< of each permutation [units * E], at the end
+  std::vector<int64_t> changed;  ///< of each permutation, places that differ from 0 .. E-1 there
+  double trained_loss = 0;       ///< held loss of the trained order, where there are repairs
+  std::vector<RepairTrial> repairs;
+
+  bool is_used() const { return !maps.empty(); }
+};
 
 struct NamedValue {
   std::string name;
@@ -75,6 +110,7 @@ struct StepReport {
   int64_t num_dropped = 0;                 ///< assignments lost to capacity
   double step_ms = 0;
   double tokens_per_second = 0;
+  SearchResult search;  ///< so far
 };
 /// Called on every rank, after step 1, every log_interval steps and after the last one.
 using OnReport = std::function<void(const StepReport&)>;
@@ -108,7 +144,8 @@ struct RunResult {
   TreeCounts trees;                        ///< of COMET, over the test images
   std::vector<StepReport> curve;  ///< means over at most 50 pieces of the training, in order
   double rows_per_token = 0;      ///< rows that experts processed for an image, all training
-  double seconds = 0;             ///< of training: without loading and testing
+  SearchResult search;
+  double seconds = 0;  ///< of training, searches included: without loading and testing
   double seconds_per_epoch = 0;
   std::vector<double> losses;  ///< of every step: cross-entropy + losses of the gate
   std::vector<WeightDump> weights;

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The same run in one process and under mpirun at 1, 2 and 4 ranks, also with a rank without images:
 # losses and weights after 50 steps must agree. DSelect-k and COMET at 2 ranks, one of them idle; two
-# tasks with a gate each after 10 steps.
+# tasks with a gate each after 10 steps; searches over the order of experts, with the orders found.
 #   mpi_equality.sh TRAIN_FASHION MPIEXEC FOLDER_OF_THIS_TEST WORK_FOLDER
 set -euo pipefail
 train=$1 mpiexec=$2 here=$3 work=$4
@@ -43,8 +43,22 @@ for gate in dselectk comet; do
   python3 "$here/compare_dumps.py" max 1e-12 "$work"/{one,mpi2,mpi2idle}.float64.json
 done
 
-# Two tasks with a gate each.
+# Searches over the order of experts; the orders are part of the dumps.
 steps=10
+for search in "topk swap shared" "comet swap per_tree" "dselectk sinkhorn shared"; do
+  read -r gate kind scope <<<"$search"
+  searching=("$train" --gate "$gate" --perm-search "$kind" --perm-scope "$scope" --perm-until 0.5)
+  tolerance=1e-12
+  # Adam and the temperature of sinkhorn, down to 1e-7, divide gradients that are nearly 0.
+  [ "$kind" = swap ] || { searching+=(--adam-eps 1e-4) && tolerance=1e-8; }
+  run one float64 "${searching[@]}"
+  run mpi2 float64 "$mpiexec" -n 2 "${searching[@]}"
+  run mpi2idle float64 "$mpiexec" -n 2 "${searching[@]}" --idle-ranks 1
+  grep -q permutation_0.expert_map "$work/one.float64.json"
+  python3 "$here/compare_dumps.py" max "$tolerance" "$work"/{one,mpi2,mpi2idle}.float64.json
+done
+
+# Two tasks with a gate each.
 multi=("$train" --task multi --gate comet)
 run multi float64 "${multi[@]}"
 run multi.local4 float64 "${multi[@]}" --comm local --local-ranks 4

@@ -135,6 +135,47 @@ TEST(Trees, Dot) {
   expect_in(line_of(dot, "t0n1 -> t0n4 "), {"dotted"});
 }
 
+// Of a run with an order of its own the leaves are those experts.
+TEST(Trees, DotOfAnOrder) {
+  const std::string path = ::testing::TempDir() + "perseid_order.jsonl";
+  const auto dot_of = [&](int64_t num_trees, const char* scope, const std::vector<int64_t>& map) {
+    TreeRun run = hand_made_run();
+    JsonObject object = {{"gate", std::string("comet")},
+                         {"seed", int64_t{4}},
+                         {"num_experts", int64_t{3}},
+                         {"top_k", num_trees},
+                         {"domains", run.domains},
+                         {"perm_scope", std::string(scope)},
+                         {"perm_map", map}};
+    for (auto& [name, counts] :
+         {std::pair("tree_reached", run.reached), std::pair("tree_left", run.left),
+          std::pair("tree_right", run.right)}) {
+      std::vector<int64_t> all;
+      for (int64_t tree = 0; tree < num_trees; ++tree) {
+        all.insert(all.end(), counts.begin(), counts.end());
+      }
+      object.push_back({name, all});
+    }
+    JsonLines(path).write(object);
+    return tree_dot(read_tree_run(path, std::nullopt));
+  };
+  const auto expect_experts = [](const std::string& dot, std::vector<const char*> leaves) {
+    size_t i = 0;
+    for (const char* leaf : leaves) {
+      const std::string line = line_of(dot, leaf);
+      EXPECT_NE(line.find("expert " + std::string(1, "201120"[i++]) + "<"), std::string::npos)
+          << line;
+    }
+  };
+  // Leaves 0, 1 and 2 are nodes 3, 4 and 2.
+  expect_experts(dot_of(1, "shared", {2, 0, 1}), {"t0n3 [", "t0n4 [", "t0n2 ["});
+  expect_experts(dot_of(2, "per_tree", {2, 0, 1, 1, 2, 0}),
+                 {"t0n3 [", "t0n4 [", "t0n2 [", "t1n3 [", "t1n4 [", "t1n2 ["});
+  EXPECT_EQ(dot_of(2, "shared", {2, 0, 1}), dot_of(2, "per_tree", {2, 0, 1, 2, 0, 1}));
+  const std::string text = error_text<DataError>([&] { dot_of(1, "per_tree", {2, 0, 3}); });
+  EXPECT_NE(text.find("perm_map"), std::string::npos) << text;
+}
+
 TEST(Trees, DotIsAccepted) {
   if (std::system("dot -V >/dev/null 2>&1") != 0) GTEST_SKIP() << "Graphviz is not installed";
   const std::string path = ::testing::TempDir() + "perseid_tree.dot";

@@ -47,6 +47,10 @@ for start in "" "${mpiexec:+$mpiexec -n 2}"; do
   # shellcheck disable=SC2086
   expect 64 "device=cuda cannot be used: " env CUDA_VISIBLE_DEVICES= $start "$train" --device cuda
 done
+expect 64 "needs --perm-search" "$train" --perm-scope per_gate
+expect 64 "per_tree needs gates with trees" "$train" --perm-search swap --perm-scope per_tree
+expect 64 "search.held_batches=4" "$train" --data "$here/fashion-mnist" --perm-search swap \
+  --global-batch-size 100
 expect 64 "ep_size=3" "$train" --data "$here/fashion-mnist" --comm local --local-ranks 4 --ep-size 3
 expect 0 "Usage" "$train" --help
 exit $failed
