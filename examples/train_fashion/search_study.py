@@ -97,7 +97,7 @@ def load(path, fields):
 
 
 def score_of(task, run):
-    """Validation cross-entropy of a run: for task multi of its best epoch, the mean of both tasks."""
+    """Validation cross-entropy of a run; of task multi the mean of both in the best epoch."""
     if task == "domains":
         return run["cross_entropy"]
     both = zip(run["validation_cross_entropy_top_left"],
@@ -226,8 +226,8 @@ def saving(gate, search, with_search, without):
         return (f"{gate}, {search}: {needed} trials reach what {trials} reach without search, a "
                 f"factor of {trials / needed:.2g} ({pair}{doubt})")
     needed = trials_to(others, ours[-1])
-    return (f"{gate}, {search}: saves no trials; what {trials} trials with it reach, {needed} reach "
-            f"without ({pair})")
+    return (f"{gate}, {search}: saves no trials; what {trials} trials with it reach, {needed} "
+            f"reach without ({pair})")
 
 
 def print_table(arguments, results):
@@ -322,7 +322,8 @@ def parse():
     parser.add_argument("--gates", nargs="+", help="default: all with a search that suits the task")
     parser.add_argument("--trials", type=positive, default=32)
     parser.add_argument("--seeds", type=positive, default=5, help="0 to N-1 (default: %(default)s)")
-    parser.add_argument("--epochs", type=positive, default=2, help="of a trial (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=2,
+                        help="of a trial (default: %(default)s)")
     parser.add_argument("--jobs", type=positive, default=1, help="trials at a time, a thread each")
     parser.add_argument("--perm-until", type=float, default=.1)
     parser.add_argument("--perm-scope", default="shared", choices=("shared", "per_gate"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# search_study.py --quick: all its runs, going on after an interruption, the curve's closed form, and
-# what a person can do wrong.
+# search_study.py --quick: all its runs, going on after an interruption, the curve's closed form,
+# and what a person can do wrong.
 #   search_study.sh TRAIN_FASHION SEARCH_STUDY TASK FOLDER_OF_THIS_TEST WORK_FOLDER
 set -euo pipefail
 train=$1 study=$2 task=$3 here=$4 work=$5
@@ -32,7 +32,7 @@ for gate in $gates; do
 done
 
 # Goes on where it was stopped, here in the middle of a line, and ends with the same table.
-head -c -30 runs.jsonl >cut && mv cut runs.jsonl
+head -c -30 runs.jsonl >runs.cut && mv runs.cut runs.jsonl
 run >log2 2>&1 || fail "going on"
 grep -q "^$runs trials, $((runs - 1)) of them in runs.jsonl" log2 || fail "does not go on"
 [ "$(wc -l <runs.jsonl)" = $runs ] || fail "not $runs runs after going on"
@@ -64,7 +64,10 @@ assert study.settings_of("domains", "topk", 3, 5).keys() == {"lr"}
 assert first["lr"] != study.settings_of("domains", "comet", 4, 5)["lr"]
 # With search .2 after 2 trials, without .2 after 4: a factor of 2. And the other way round.
 fast, slow = [[.4, .2, .2, .1]] * 2, [[.4, .3, .3, .2]] * 2
-assert "2 trials reach what 4 reach without search, a factor of 2" in study.saving("g", "s", fast, slow)
-assert "saves no trials; what 4 trials with it reach, 2 reach without" in study.saving("g", "s", slow, fast)
+saved = study.saving("g", "s", fast, slow)
+assert "2 trials reach what 4 reach without search, a factor of 2" in saved, saved
+lost = study.saving("g", "s", slow, fast)
+assert "saves no trials; what 4 trials with it reach, 2 reach without" in lost, lost
+assert "higher by 0.1" in lost, lost
 assert "saves no trials" in study.saving("g", "s", fast, fast)
 END
