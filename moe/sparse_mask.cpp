@@ -53,8 +53,10 @@ void PackedMask::set(int64_t place, bool is_in) {
 }
 
 uint64_t PackedMask::fingerprint() const {
-  uint64_t hash =
-      kernels::random_key(static_cast<uint64_t>(rows_)).with(static_cast<uint64_t>(cols_)).value;
+  uint64_t hash = kernels::random_key(0)
+                      .with(static_cast<uint64_t>(rows_))
+                      .with(static_cast<uint64_t>(cols_))
+                      .value;
   for (const uint64_t word : words_) hash = kernels::splitmix64(hash ^ word);
   return hash;
 }

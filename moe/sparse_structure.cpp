@@ -115,6 +115,10 @@ at::Tensor atom_scores(const AtomLayout& layout, const at::Tensor& values) {
 at::Tensor position_mask(const AtomLayout& layout, const PackedMask& mask) {
   at::Tensor result = at::empty({layout.out, layout.in}, at::kBool);
   bool* const is_active = result.data_ptr<bool>();
+  if (layout.is_elementwise()) {
+    for (int64_t place = 0; place < mask.num_places(); ++place) is_active[place] = mask.test(place);
+    return result;
+  }
   for (int64_t row = 0; row < layout.out; ++row) {
     const int64_t first = row / layout.atom_rows * layout.cols;
     for (int64_t col = 0; col < layout.in; ++col) {

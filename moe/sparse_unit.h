@@ -29,7 +29,10 @@ enum class UnitDraw : uint64_t { kFirstMask = 1, kDrop, kGrow, kRandomGrow, kFil
 /// Key of the random numbers of one unit in one step: no rank and no order of calls in it.
 inline kernels::RandomKey draw_key(uint64_t seed, int64_t step, const UnitKey& unit,
                                    UnitDraw draw) {
-  return kernels::random_key(seed)
+  // random_key(a).with(b) is random_key(b).with(a), so the seed is not the first.
+  constexpr uint64_t kSparseTraining = 0x7370617273656D6Full;
+  return kernels::random_key(kSparseTraining)
+      .with(seed)
       .with(static_cast<uint64_t>(step))
       .with(static_cast<uint64_t>(unit.layer))
       .with(static_cast<uint64_t>(unit.expert))
