@@ -194,6 +194,11 @@ TEST(SparseBudget, Bounds) {
   units[3].ceiling = 5;
   EXPECT_EQ(allocate(budget_of(Distribution::kUniform, 0.2), units).nnz,
             (std::vector<int64_t>{40, 18, 17, 5}));
+  // What the ceiling frees lifts the first above its floor: it takes an equal share.
+  units[0].floor = 51;
+  EXPECT_EQ(allocate(budget_of(Distribution::kUniform, 0.5), units).nnz,
+            (std::vector<int64_t>{65, 65, 65, 5}));
+  units[0].floor = 40;
   units[1].floor = 100;  // frozen dense
   EXPECT_EQ(
       config_error([&] { allocate(budget_of(Distribution::kUniform, 0.2), units); }),

@@ -16,6 +16,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -251,6 +252,20 @@ TEST(SparseUpdate, SetSigned) {
   EXPECT_EQ(dropped_of(zeros).count(), 30);
   for (size_t a = 0; a < zeros.size(); a += 2) zeros[a] = -0.0f;
   EXPECT_EQ(dropped_of(zeros).count(), 30);
+
+  // 7 below 0, 7 above and 10 zeros, which count as positive: 2 and 5 go.
+  const AtomLayout row = make_layout(Structure::unstructured(), 1, 40, "w");
+  PackedMask first(1, 40);
+  std::vector<float> few(40, 0.0f);
+  for (int64_t a = 0; a < 24; ++a) {
+    first.set(a, true);
+    if (a < 14) few[static_cast<size_t>(a)] = a < 7 ? -1.0f : 1.0f;
+  }
+  const MaskUpdate zeros_first = update_mask(row, rule, input_of(first, few, few, 0.3));
+  const uint64_t gone = zeros_first.dropped.words()[0];
+  EXPECT_EQ(std::popcount(gone & 0x7Fu), 2);
+  EXPECT_EQ(std::popcount(gone & 0x3F80u), 0);
+  EXPECT_EQ(std::popcount(gone >> 14), 5);
 
   const AtomLayout blocks = make_layout(Structure::blocks(2, 2), 10, 20, "w");
   const PackedMask of_blocks = random_mask(blocks, 80, random_key(5));
