@@ -6,7 +6,6 @@
 #include "kernels/select_atoms.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <functional>
 #include <mutex>
@@ -14,6 +13,7 @@
 
 #include "kernels/checks.h"
 #include "kernels/cuda_launchers.h"
+#include "kernels/mask_bits.h"
 #include "kernels/ordered_key.h"
 #include "kernels/parallel.h"
 
@@ -67,31 +67,9 @@ struct Keys {
   }
 };
 
-/// body(atom) for the set bits of [begin, end).
-template <typename Body>
-PERSEID_INLINE void for_each_set(const uint64_t* bits, int64_t begin, int64_t end, Body&& body) {
-  for (int64_t word = begin / 64; word * 64 < end; ++word) {
-    uint64_t left = bits[word];
-    if (word * 64 < begin) left &= ~uint64_t{0} << (begin % 64);
-    if (end - word * 64 < 64) left &= (uint64_t{1} << (end % 64)) - 1;
-    for (; left != 0; left &= left - 1) body(word * 64 + std::countr_zero(left));
-  }
-}
-
-int64_t count_range(const uint64_t* bits, int64_t begin, int64_t end) {
-  int64_t count = 0;
-  for (int64_t word = begin / 64; word * 64 < end; ++word) {
-    uint64_t left = bits[word];
-    if (word * 64 < begin) left &= ~uint64_t{0} << (begin % 64);
-    if (end - word * 64 < 64) left &= (uint64_t{1} << (end % 64)) - 1;
-    count += std::popcount(left);
-  }
-  return count;
-}
-
 void count_scores(const float* scores, const uint64_t* candidates, int64_t begin, int64_t end,
                   AtomCounts& counts) {
-  counts.num_candidates += count_range(candidates, begin, end);
+  counts.num_candidates += count_set(candidates, begin, end);
   if (scores == nullptr) return;
   for_each_set(candidates, begin, end, [&](int64_t atom) {
     counts.num_nan += std::isnan(scores[atom]) ? 1 : 0;
@@ -283,14 +261,12 @@ void count_atoms(const AtomCells& cells, const uint64_t* bits, int64_t* counts, 
   require_count(kOperation, "atoms_per_cell", cells.atoms_per_cell);
   require_buffer(kOperation, "bits", bits, cells.num_atoms());
   require_buffer(kOperation, "counts", counts, cells.num_cells);
-  if (stream.device == Device::kCuda) {
-    throw ConfigError(ErrorDetail{kOperation, "device", "cuda", "is not offered; use the host"});
-  }
+  require_device(stream, kOperation, "give it CPU memory");
   const int64_t grain =
       std::max<int64_t>(1, kAtomsPerBlock / std::max<int64_t>(1, cells.atoms_per_cell));
   parallel_for(0, cells.num_cells, grain, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
-      counts[c] = count_range(bits, c * cells.atoms_per_cell, (c + 1) * cells.atoms_per_cell);
+      counts[c] = count_set(bits, c * cells.atoms_per_cell, (c + 1) * cells.atoms_per_cell);
     }
   });
 }

@@ -112,19 +112,23 @@ at::Tensor atom_scores(const AtomLayout& layout, const at::Tensor& values) {
   return (squares / (heights.unsqueeze(1) * widths.unsqueeze(0))).sqrt().to(at::kFloat);
 }
 
-at::Tensor position_mask(const AtomLayout& layout, const PackedMask& mask) {
-  at::Tensor result = at::empty({layout.out, layout.in}, at::kBool);
-  bool* const is_active = result.data_ptr<bool>();
-  if (layout.is_elementwise()) {
-    for (int64_t place = 0; place < mask.num_places(); ++place) is_active[place] = mask.test(place);
-    return result;
-  }
+PackedMask position_bits(const AtomLayout& layout, const PackedMask& mask) {
+  if (layout.is_elementwise()) return mask;
+  PackedMask result(layout.out, layout.in);
   for (int64_t row = 0; row < layout.out; ++row) {
-    const int64_t first = row / layout.atom_rows * layout.cols;
     for (int64_t col = 0; col < layout.in; ++col) {
-      is_active[row * layout.in + col] = mask.test(first + col / layout.atom_cols);
+      const bool is_active = mask.test(row / layout.atom_rows, col / layout.atom_cols);
+      if (is_active) result.set(row * layout.in + col, true);
     }
   }
+  return result;
+}
+
+at::Tensor position_mask(const AtomLayout& layout, const PackedMask& mask) {
+  const PackedMask bits = position_bits(layout, mask);
+  at::Tensor result = at::empty({layout.out, layout.in}, at::kBool);
+  bool* const is_active = result.mutable_data_ptr<bool>();
+  for (int64_t place = 0; place < bits.num_places(); ++place) is_active[place] = bits.test(place);
   return result;
 }
 

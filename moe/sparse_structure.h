@@ -74,6 +74,8 @@ at::Tensor atom_scores(const AtomLayout& layout, const at::Tensor& values);
 
 /// Which positions of the weight the active atoms cover: [out, in] bool, on the host.
 at::Tensor position_mask(const AtomLayout& layout, const PackedMask& mask);
+/// The same as bits.
+PackedMask position_bits(const AtomLayout& layout, const PackedMask& mask);
 
 /// Active positions, padding left out.
 int64_t count_positions(const AtomLayout& layout, const PackedMask& mask);

@@ -385,7 +385,12 @@ void Sparsifier::set_mask(size_t u, PackedMask mask) {
   const at::Tensor weight = units_[u].weight();
   state.inactive = position_mask(state.layout, state.mask).logical_not_().to(weight.device());
   weight.masked_fill_(state.inactive, 0);
-  if (units_[u].link != nullptr) units_[u].link->inactive = state.inactive;
+  if (units_[u].link == nullptr) return;
+  UnitLink& link = *units_[u].link;
+  link.inactive = state.inactive;
+  link.active = position_bits(state.layout, state.mask);
+  link.density =
+      static_cast<double>(link.active.count()) / static_cast<double>(link.active.num_places());
 }
 
 Sparsifier::Unit& Sparsifier::find(const UnitKey& key) {

@@ -25,6 +25,8 @@ namespace perseid {
 /// fills it while it lives.
 struct UnitLink {
   at::Tensor inactive;  ///< [out, in] bool, true: the weight is 0; undefined: none is
+  PackedMask active;    ///< [out, in], the others; empty without `inactive`
+  double density = 1;   ///< share of the active
   /// To be called by the backward, once per pass, with x [N, in] and the gradient of the product
   /// delta [N, out] of each row that counts. Empty: nobody wants them.
   std::function<void(const at::Tensor& x, const at::Tensor& delta)> accumulate;

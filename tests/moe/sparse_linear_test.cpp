@@ -40,49 +40,74 @@ TEST(SparseLinear, IsLinear) {
 }
 
 TEST(SparseLinear, MaskedGradient) {
-  SparseLinear linear = make_linear(13, 9);
-  Sparsifier sparsifier({linear->unit()}, presets::static_mask(0.3));
-  const at::Tensor mask = mask_of(sparsifier, {});
-  EXPECT_EQ(mask.sum().item<int64_t>(), 35);
-  EXPECT_TRUE(at::equal(linear->weight.eq(0), mask.logical_not()));
-  const at::Tensor x = at::randn({6, 13}, at::kDouble);
-  const at::Tensor cotangent = at::randn({6, 9}, at::kDouble);
-  (linear->forward(x) * cotangent).sum().backward();
-  const at::Tensor dense = linear->weight.detach().clone().requires_grad_(true);
-  (at::linear(x, dense, linear->bias.detach()) * cotangent).sum().backward();
-  EXPECT_TRUE(at::allclose(linear->weight.grad(), dense.grad() * mask, 1e-12, 0));
-  EXPECT_TRUE(gradients_match([&] { return std::vector<at::Tensor>{linear->forward(x)}; },
-                              {x, linear->bias}));
+  // Below density 0.1 by sparse products, above by dense ones; blocks by both.
+  struct Case {
+    double density;
+    int64_t nnz;
+    Structure structure;
+  };
+  for (const Case& c : std::vector<Case>{{0.3, 270, Structure::unstructured()},
+                                         {0.1, 90, Structure::unstructured()},
+                                         {0.08, 72, Structure::blocks(3, 2)},
+                                         {0.2, 180, Structure::blocks(3, 2)}}) {
+    SparseLinear linear = make_linear(50, 18);
+    SparsifierConfig config = presets::static_mask(c.density);
+    config.structure = c.structure;
+    Sparsifier sparsifier({linear->unit()}, config);
+    const at::Tensor mask = mask_of(sparsifier, {});
+    EXPECT_EQ(mask.sum().item<int64_t>(), c.nnz);
+    EXPECT_TRUE(at::equal(linear->weight.eq(0), mask.logical_not()));
+    for (const int64_t rows : {6, 1, 0}) {
+      const at::Tensor x = at::randn({rows, 50}, at::kDouble).requires_grad_(true);
+      const at::Tensor cotangent = at::randn({rows, 18}, at::kDouble);
+      linear->zero_grad();
+      const at::Tensor y = linear->forward(x);
+      (y * cotangent).sum().backward();
+      const at::Tensor dense = linear->weight.detach().clone().requires_grad_(true);
+      const at::Tensor dense_x = x.detach().clone().requires_grad_(true);
+      const at::Tensor dense_y = at::linear(dense_x, dense, linear->bias.detach());
+      (dense_y * cotangent).sum().backward();
+      EXPECT_TRUE(at::allclose(y, dense_y, 1e-12, 1e-13));
+      EXPECT_TRUE(at::allclose(x.grad(), dense_x.grad(), 1e-12, 1e-13));
+      EXPECT_TRUE(at::allclose(linear->weight.grad(), dense.grad() * mask, 1e-12, 1e-13));
+      EXPECT_TRUE(linear->weight.grad().masked_select(mask.logical_not()).eq(0).all().item<bool>());
+    }
+    const at::Tensor x = at::randn({2, 3, 50}, at::kDouble);
+    EXPECT_TRUE(gradients_match([&] { return std::vector<at::Tensor>{linear->forward(x)}; },
+                                {x, linear->bias}));
+  }
 }
 
 TEST(SparseLinear, GrowGradient) {
-  SparseLinear linear = make_linear(13, 9);
-  SparsifierConfig config = presets::rigl(0.3, 1000, 10);
-  config.schedule.begin = 10;
-  config.grad_accum = 4;
-  Sparsifier sparsifier({linear->unit()}, config);
-  const at::Tensor mask = mask_of(sparsifier, {});
-  at::Tensor expected = at::zeros({9, 13}, at::kDouble);
-  for (int64_t step = 0; step < 10; ++step) {
-    const StepPlan plan = sparsifier.begin_step(step);
-    EXPECT_EQ(plan.actions[0], step < 7 ? UnitAction::kNone : UnitAction::kAccumulate);
-    for (int pass = 0; pass < 2; ++pass) {
-      const at::Tensor x = at::randn({6, 13}, at::kDouble);
-      const at::Tensor cotangent = at::randn({6, 9}, at::kDouble);
-      (linear->forward(x) * cotangent).sum().backward();
-      const at::Tensor dense = linear->weight.detach().clone().requires_grad_(true);
-      (at::linear(x, dense * mask) * cotangent).sum().backward();
-      // Of the product W * mask, at all entries.
-      const at::Tensor product = (linear->weight.detach() * mask).requires_grad_(true);
-      (at::linear(x, product) * cotangent).sum().backward();
-      if (step >= 7) expected += product.grad();
-    }
-    sparsifier.end_backward(step);
-    sparsifier.end_step(step);
-    const at::Tensor sum = sparsifier.state_dict().units[0].grad_sum;
-    ASSERT_EQ(sum.defined(), step >= 7);
-    if (sum.defined()) {
-      EXPECT_TRUE(at::allclose(sum, expected, 1e-12, 1e-14));
+  for (const double density : {0.3, 0.1}) {
+    SparseLinear linear = make_linear(30, 9);
+    SparsifierConfig config = presets::rigl(density, 1000, 10);
+    config.schedule.begin = 10;
+    config.grad_accum = 4;
+    Sparsifier sparsifier({linear->unit()}, config);
+    const at::Tensor mask = mask_of(sparsifier, {});
+    at::Tensor expected = at::zeros({9, 30}, at::kDouble);
+    for (int64_t step = 0; step < 10; ++step) {
+      const StepPlan plan = sparsifier.begin_step(step);
+      EXPECT_EQ(plan.actions[0], step < 7 ? UnitAction::kNone : UnitAction::kAccumulate);
+      for (int pass = 0; pass < 2; ++pass) {
+        const at::Tensor x = at::randn({6, 30}, at::kDouble);
+        const at::Tensor cotangent = at::randn({6, 9}, at::kDouble);
+        (linear->forward(x) * cotangent).sum().backward();
+        const at::Tensor dense = linear->weight.detach().clone().requires_grad_(true);
+        (at::linear(x, dense * mask) * cotangent).sum().backward();
+        // Of the product W * mask, at all entries.
+        const at::Tensor product = (linear->weight.detach() * mask).requires_grad_(true);
+        (at::linear(x, product) * cotangent).sum().backward();
+        if (step >= 7) expected += product.grad();
+      }
+      sparsifier.end_backward(step);
+      sparsifier.end_step(step);
+      const at::Tensor sum = sparsifier.state_dict().units[0].grad_sum;
+      ASSERT_EQ(sum.defined(), step >= 7);
+      if (sum.defined()) {
+        EXPECT_TRUE(at::allclose(sum, expected, 1e-12, 1e-14));
+      }
     }
   }
 }
