@@ -11,7 +11,6 @@
 #include "kernels/error.h"
 #include "kernels/masked_product.h"
 #include "kernels/random.h"
-#include "kernels/sparse_product.h"
 #include "moe/tensor_types.h"
 #include "moe/threads.h"
 
@@ -51,8 +50,8 @@ struct SparseProduct : torch::autograd::Function<SparseProduct> {
     const at::Tensor columns = x.t().contiguous();
     const at::Tensor dense = weight.contiguous();
     const at::Tensor product = at::empty({out, num_rows}, x.options());
-    kernels::sparse_product(data_of(dense), data_of(columns), out, in, num_rows,
-                            dtype_of(x, kOperation), mutable_data_of(product));
+    kernels::masked_product(data_of(dense), link->active.data(), data_of(columns), out, in,
+                            num_rows, dtype_of(x, kOperation), mutable_data_of(product));
     return product.t();
   }
 
@@ -77,15 +76,15 @@ struct SparseProduct : torch::autograd::Function<SparseProduct> {
     if (needs_x) {
       const at::Tensor dense = weight.contiguous();
       const at::Tensor columns = at::empty({in, num_rows}, x.options());
-      kernels::sparse_transposed_product(data_of(dense), data_of(delta_columns), out, in, num_rows,
-                                         dtype, mutable_data_of(columns));
+      kernels::masked_transposed_product(data_of(dense), link.active.data(), data_of(delta_columns),
+                                         out, in, num_rows, dtype, mutable_data_of(columns));
       grad_x = columns.t();
     }
     if (needs_weight) {
       const at::Tensor columns = x.t().contiguous();
       grad_weight = at::empty({out, in}, weight.options());
-      kernels::masked_product(data_of(delta_columns), data_of(columns), link.active.data(), out, in,
-                              num_rows, dtype, mutable_data_of(grad_weight));
+      kernels::masked_outer_product(data_of(delta_columns), data_of(columns), link.active.data(),
+                                    out, in, num_rows, dtype, mutable_data_of(grad_weight));
     }
     return {grad_x, grad_weight, at::Tensor()};
   }
