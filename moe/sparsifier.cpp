@@ -159,15 +159,20 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
     const auto place = std::find(all.begin(), all.end(), keys[u]);
     if (place == all.end()) fail("all_units", to_string(keys[u]), "is missing; list all units");
     states_[u].offset = offsets[static_cast<size_t>(place - all.begin())];
+    if (units_[u].link != nullptr && units_[u].link->accumulate) {
+      fail("units", units_[u].name, "belongs to another Sparsifier");
+    }
+  }
+  // Nothing is refused from here on: links point to this.
+  for (size_t u = 0; u < units_.size(); ++u) {
     set_mask(u, random_mask(states_[u].layout, allocation.nnz[u],
                             draw_key(config_.seed, 0, keys[u], UnitDraw::kFirstMask)));
-    if (units_[u].link != nullptr) {
-      units_[u].link->accumulate = [this, u](const at::Tensor& x, const at::Tensor& delta) {
-        states_[u].num_rows += x.size(0);
-        const bool is_wanted = is_started_ && current_.actions[u] != UnitAction::kNone;
-        if (is_wanted && needs_gradient()) add_gradient(u, delta.t().mm(x));
-      };
-    }
+    if (units_[u].link == nullptr) continue;
+    units_[u].link->accumulate = [this, u](const at::Tensor& x, const at::Tensor& delta) {
+      states_[u].num_rows += x.size(0);
+      const bool is_wanted = is_started_ && current_.actions[u] != UnitAction::kNone;
+      if (is_wanted && needs_gradient()) add_gradient(u, delta.t().mm(x));
+    };
   }
 }
 

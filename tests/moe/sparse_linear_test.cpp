@@ -6,6 +6,7 @@
 //   GrowGradient    what the Sparsifier sums = gradient of at::linear(x, W * mask) over all
 //   entries,
 //                   with its sign, over the steps and passes of a window
+//   FollowsTheMask  after each update products and gradients are those of the new mask
 //   Lifetime        after the Sparsifier it is dense again; wrong shapes are named
 #include "moe/sparse_linear.h"
 
@@ -112,10 +113,39 @@ TEST(SparseLinear, GrowGradient) {
   }
 }
 
+TEST(SparseLinear, FollowsTheMask) {
+  SparseLinear linear = make_linear(30, 20);
+  SparsifierConfig config = presets::set(1, 1, 50);
+  config.min_rows = 1;
+  Sparsifier sparsifier({linear->unit()}, config);
+  ASSERT_LE(sparsifier.stats({}).density, 0.1);  // so that products are sparse
+  int64_t num_grown = 0;
+  for (int64_t step = 0; step < 10; ++step) {
+    sparsifier.begin_step(step);
+    linear->zero_grad();
+    const at::Tensor x = at::randn({6, 30}, at::kDouble);
+    const at::Tensor y = linear->forward(x);
+    y.square().sum().backward();
+    const at::Tensor dense = linear->weight.detach().clone().requires_grad_(true);
+    const at::Tensor dense_y = at::linear(x, dense, linear->bias.detach());
+    dense_y.square().sum().backward();
+    EXPECT_TRUE(at::allclose(y, dense_y, 1e-12, 1e-13));
+    // Before end_backward, which would hide a gradient at the wrong places.
+    EXPECT_TRUE(
+        at::allclose(linear->weight.grad(), dense.grad() * mask_of(sparsifier, {}), 1e-12, 1e-12));
+    sparsifier.end_backward(step);
+    num_grown += sparsifier.end_step(step).units.at(0).num_grown;
+  }
+  EXPECT_GT(num_grown, 50);
+}
+
 TEST(SparseLinear, Lifetime) {
   SparseLinear linear = make_linear(5, 7);
   {
     const Sparsifier sparsifier({linear->unit()}, presets::static_mask(0.5));
+    EXPECT_TRUE(linear->unit().link->inactive.defined());
+    EXPECT_EQ(config_error([&] { Sparsifier({linear->unit()}, presets::static_mask(0.5)); }),
+              "[sparsifier] units=layer 0, expert 0, weight belongs to another Sparsifier");
     EXPECT_TRUE(linear->unit().link->inactive.defined());
   }
   EXPECT_FALSE(linear->unit().link->inactive.defined());

@@ -12,6 +12,7 @@
 //   InsteadOfStep     RigL leaves the parameter and its states alone in an update step
 //   Experts           an expert without rows, or with too few, is skipped and unchanged; one row, a
 //                     gradient of rank 1, updates; other experts do not notice
+//                     Rows count from the last update that was done
 //   Order             shuffled units and other units beside them: the same masks
 //   Staggered         each unit once per window, none after the end, also after a resume
 //   Resume            save, load into a new model, go on: the uninterrupted run, bit for bit, in a
@@ -410,6 +411,27 @@ TEST(Sparsifier, Experts) {
       expect_zero_outside(sparsifier);
     }
   }
+}
+
+TEST(Sparsifier, RowsSinceTheLastUpdate) {
+  SparseUnit unit = unit_of(normal({6, 8}, 5), 0);
+  unit.counts_rows = true;
+  SparsifierConfig config = config_of(0.25, GrowCriterion::kRandom, UpdateOrder::kBeforeStep, 2);
+  config.min_rows = 5;
+  Sparsifier sparsifier({unit}, config);
+  const std::vector<int64_t> rows = {3, 3, 2, 2, 1, 0, 4, 0};
+  std::vector<SkipReason> reasons;
+  for (int64_t step = 0; step < 8; ++step) {
+    sparsifier.begin_step(step);
+    sparsifier.count_rows(unit.key, rows[static_cast<size_t>(step)]);
+    for (const UnitUpdate& update : sparsifier.end_backward(step).units) {
+      reasons.push_back(update.skipped);
+    }
+    sparsifier.end_step(step);
+  }
+  // 6 rows; 4; 5, as a skipped update keeps them; 4.
+  EXPECT_EQ(reasons, (std::vector<SkipReason>{SkipReason::kNotSkipped, SkipReason::kFewRows,
+                                              SkipReason::kNotSkipped, SkipReason::kFewRows}));
 }
 
 TEST(Sparsifier, NoGradientIsSkipped) {
