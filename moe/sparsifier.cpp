@@ -80,6 +80,13 @@ struct Sparsifier::Unit {
   at::Tensor grad_sum;
 };
 
+/// What an update of one unit would do.
+struct Sparsifier::Proposal {
+  size_t unit = 0;
+  UnitUpdate report;
+  MaskUpdate change;
+};
+
 at::Tensor SparseUnit::weight() const { return slot_of(parameter.detach(), slot); }
 
 std::vector<SparseUnit> expert_units(const std::string& name, const at::Tensor& parameter,
@@ -132,6 +139,11 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
       fail("units", unit.name,
            "has the key of " + units_[u - 1].name + " (" + to_string(unit.key) + ")");
     }
+    for (size_t other = 0; other < u; ++other) {
+      if (units_[other].parameter.is_same(unit.parameter) && units_[other].slot == unit.slot) {
+        fail("units", unit.name, "is the same weight as " + units_[other].name);
+      }
+    }
     if (config_.order == UpdateOrder::kInsteadOfStep && config_.schedule.stagger &&
         unit.slot >= 0) {
       fail("order", "instead_of_step",
@@ -153,6 +165,7 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
     states_.push_back(std::move(state));
   }
   const Allocation allocation = allocate(config_.budget, budget_units);
+  budget_rest_ = allocation.rest;
   const std::vector<UnitKey>& all = config_.all_units.empty() ? keys : config_.all_units;
   const std::vector<int64_t> offsets = update_offsets(config_.schedule, all);
   for (size_t u = 0; u < units_.size(); ++u) {
@@ -285,30 +298,42 @@ UpdateReport Sparsifier::end_step(int64_t step) {
 }
 
 UpdateReport Sparsifier::update(int64_t step) {
+  // All are proposed before any is made: an error leaves everything as it was.
+  std::vector<Proposal> proposals;
+  for (size_t u = 0; u < units_.size(); ++u) {
+    if (current_.actions[u] == UnitAction::kUpdate) proposals.push_back(propose(u, step));
+  }
   UpdateReport report;
   report.step = step;
-  for (size_t u = 0; u < units_.size(); ++u) {
-    if (current_.actions[u] == UnitAction::kUpdate) report.units.push_back(update_unit(u, step));
+  for (const Proposal& proposal : proposals) {
+    Unit& state = states_[proposal.unit];
+    report.units.push_back(proposal.report);
+    state.grad_sum = at::Tensor();
+    if (proposal.report.skipped != SkipReason::kNotSkipped) {
+      ++state.num_skipped;
+      continue;
+    }
+    apply(proposal.unit, step, proposal.change);
+    state.num_rows = 0;
+    ++state.num_updates;
   }
   return report;
 }
 
-UnitUpdate Sparsifier::update_unit(size_t u, int64_t step) {
+Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
   const SparseUnit& unit = units_[u];
-  Unit& state = states_[u];
-  UnitUpdate result;
-  result.key = unit.key;
-  const at::Tensor gradient = std::exchange(state.grad_sum, at::Tensor());
+  const Unit& state = states_[u];
+  Proposal result;
+  result.unit = u;
+  result.report.key = unit.key;
+  const at::Tensor& gradient = state.grad_sum;
   const bool counts_rows = unit.link != nullptr || unit.counts_rows;
   if (counts_rows && state.num_rows < config_.min_rows) {
-    result.skipped = SkipReason::kFewRows;
+    result.report.skipped = SkipReason::kFewRows;
   } else if (needs_gradient() && !gradient.defined()) {
-    result.skipped = SkipReason::kNoGradient;
+    result.report.skipped = SkipReason::kNoGradient;
   }
-  if (result.skipped != SkipReason::kNotSkipped) {
-    ++state.num_skipped;
-    return result;
-  }
+  if (result.report.skipped != SkipReason::kNotSkipped) return result;
 
   const at::Tensor weight = unit.weight();
   const at::Tensor drop_scores = config_.rule.drop == DropCriterion::kSetSigned
@@ -325,24 +350,17 @@ UnitUpdate Sparsifier::update_unit(size_t u, int64_t step) {
   input.drop_key = draw_key(config_.seed, step, unit.key, UnitDraw::kDrop);
   input.grow_key = draw_key(config_.seed, step, unit.key, UnitDraw::kGrow);
   input.random_key = draw_key(config_.seed, step, unit.key, UnitDraw::kRandomGrow);
-  const MaskUpdate change = update_mask(state.layout, config_.rule, input);
-  if (change.num_non_finite > 0) {
-    ErrorDetail detail{kOperation, "scores of " + unit.name, to_text(change.num_non_finite),
+  result.change = update_mask(state.layout, config_.rule, input);
+  if (result.change.num_non_finite > 0) {
+    ErrorDetail detail{kOperation, "scores of " + unit.name, to_text(result.change.num_non_finite),
                        "are NaN or infinite; the training has diverged"};
     detail.layer = static_cast<int>(unit.key.layer);
     detail.step = step;
     throw Diverged(detail);
   }
-  if (change.has_no_gradient) {
-    result.skipped = SkipReason::kNoGradient;
-    ++state.num_skipped;
-    return result;
-  }
-  apply(u, step, change);
-  state.num_rows = 0;
-  ++state.num_updates;
-  result.num_dropped = change.num_dropped;
-  result.num_grown = change.num_grown;
+  if (result.change.has_no_gradient) result.report.skipped = SkipReason::kNoGradient;
+  result.report.num_dropped = result.change.num_dropped;
+  result.report.num_grown = result.change.num_grown;
   return result;
 }
 

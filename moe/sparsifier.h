@@ -82,7 +82,8 @@ struct SparsifierConfig {
   Schedule schedule;
   StatePolicy state;
   UpdateOrder order = UpdateOrder::kBeforeStep;
-  /// kGrad: an update looks at the sum of the gradients of this many steps, its own the last.
+  /// kGrad: an update looks at the sum of the gradients of this many steps, its own the last; one
+  /// in the first steps has fewer.
   int64_t grad_accum = 1;
   /// An update is skipped if the unit had fewer rows since its last one. Units whose rows are
   /// counted only.
@@ -145,8 +146,9 @@ struct SparsifierState {
 };
 
 /// Keeps weights sparse while they are trained, each with an exact number of active entries, and
-/// moves these entries. For one process; random numbers depend on keys only, so that processes with
-/// other units agree.
+/// moves these entries. For one process: the budget is shared by the units that it is given, and
+/// gradients are not summed here. Random numbers depend on keys only: equal budgets give equal
+/// masks whatever other units there are.
 ///
 ///   Sparsifier sparsifier(units, presets::rigl(0.1, total_steps));
 ///   sparsifier.attach(optimizer);
@@ -161,7 +163,8 @@ struct SparsifierState {
 class Sparsifier {
  public:
   /// Draws the first masks and sets inactive weights to 0. Throws ConfigError for a unit that is
-  /// named twice, shapes that the structure does not fit, or a budget that cannot be kept.
+  /// named or passed twice, shapes that the structure does not fit, or a budget that cannot be
+  /// kept.
   Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config);
   ~Sparsifier();
   Sparsifier(const Sparsifier&) = delete;
@@ -179,7 +182,7 @@ class Sparsifier {
   void count_rows(const UnitKey& key, int64_t num_rows);
   /// After backward: updates what is due unless the order is kAfterStep, then sets gradients of
   /// inactive weights to 0. An undefined gradient counts as 0. Throws Diverged that names unit and
-  /// step for a NaN or an infinity among the scores; masks are then unchanged.
+  /// step for a NaN or an infinity among the scores; no mask or weight has changed then.
   UpdateReport end_backward(int64_t step);
   /// After the optimizer step: updates what is due if the order is kAfterStep.
   UpdateReport end_step(int64_t step);
@@ -190,6 +193,8 @@ class Sparsifier {
   const AtomLayout& layout(const UnitKey& key) const;
   UnitStats stats(const UnitKey& key) const;
   int64_t nnz() const;  ///< active weights of all units
+  /// What the budget asks for beyond nnz(), because units take whole granules (Allocation::rest).
+  int64_t budget_rest() const { return budget_rest_; }
 
   /// Draws active weights from a normal distribution of std gain / sqrt(active entries of the row).
   void reset_weights(double gain);
@@ -202,12 +207,13 @@ class Sparsifier {
 
  private:
   struct Unit;
+  struct Proposal;
   Unit& find(const UnitKey& key);
   const Unit& find(const UnitKey& key) const;
   bool needs_gradient() const;
   void add_gradient(size_t u, const at::Tensor& gradient);
   UpdateReport update(int64_t step);
-  UnitUpdate update_unit(size_t u, int64_t step);
+  Proposal propose(size_t u, int64_t step);
   void apply(size_t u, int64_t step, const MaskUpdate& change);
   void set_mask(size_t u, PackedMask mask);
   void require_step(const char* call, int64_t step) const;
@@ -217,6 +223,7 @@ class Sparsifier {
   SparsifierConfig config_;
   std::vector<Unit> states_;  ///< of each of units_
   std::vector<torch::optim::Optimizer*> optimizers_;
+  int64_t budget_rest_ = 0;
   StepPlan current_;
   bool is_started_ = false;
 };

@@ -148,7 +148,8 @@ SparsifierConfig config_of(const Options& options) {
   if (options.dst == "static") config = presets::static_mask(0.1);
   if (options.dst == "rigl") {
     config = presets::rigl(0.1, total_steps, 200);
-    config.grad_accum = 10;  // of 40 images each: a smaller sum chooses badly
+    config.schedule.begin = 200;  // the first steps have no 10 gradients yet
+    config.grad_accum = 10;       // of 40 images each: a smaller sum chooses badly
   }
   config.budget = budget;  // equal for all
   config.seed = options.seed;

@@ -598,7 +598,8 @@ TEST(Sparsifier, Diverged) {
   model.backward(0);
   model.w1.mutable_grad().masked_fill_(mask_of(sparsifier, sparsifier.units()[1]).logical_not(),
                                        std::nan(""));
-  const PackedMask before = sparsifier.mask({1});
+  const SparsifierState before = sparsifier.state_dict();
+  const at::Tensor weight = model.w0.detach().clone();
   std::string text;
   try {
     sparsifier.end_backward(7);
@@ -609,7 +610,11 @@ TEST(Sparsifier, Diverged) {
       text,
       "[sparsifier] scores of layer1=33 are NaN or infinite; the training has diverged (layer "
       "1, step 7)");
-  EXPECT_EQ(sparsifier.mask({1}), before);
+  // Nor has the unit before it changed.
+  for (size_t u = 0; u < 2; ++u) {
+    EXPECT_EQ(sparsifier.state_dict().units[u].mask, before.units[u].mask);
+  }
+  EXPECT_TRUE(at::equal(model.w0, weight));
 }
 
 TEST(Sparsifier, ResetWeights) {
@@ -621,6 +626,7 @@ TEST(Sparsifier, ResetWeights) {
   expect_zero_outside(sparsifier);
   const at::Tensor active = weight.masked_select(mask_of(sparsifier, sparsifier.units()[0]));
   EXPECT_EQ(active.numel(), 6000);
+  EXPECT_EQ(sparsifier.budget_rest(), 0);
   EXPECT_NEAR(active.std().item<double>(), 1.5 / std::sqrt(20), 0.02);
 }
 
@@ -642,6 +648,10 @@ TEST(Sparsifier, Refused) {
               Sparsifier({unit_of(model.w0, 0), unit_of(model.w1, 0)}, config);
             }).substr(0, 45),
             "[sparsifier] units=layer0 has the key of laye");
+  EXPECT_EQ(config_error([&] {
+              Sparsifier({unit_of(model.w0, 0), unit_of(model.w0, 1)}, config);
+            }),
+            "[sparsifier] units=layer1 is the same weight as layer0");
   EXPECT_EQ(config_error([&] {
               Sparsifier sparsifier(model.units(), config);
               sparsifier.end_backward(3);
