@@ -12,6 +12,7 @@
 #include "kernels/random_element.h"
 #include "kernels/router.h"
 #include "kernels/select.h"
+#include "kernels/select_atoms.h"
 #include "kernels/sinkhorn.h"
 #include "kernels/sort.h"
 #include "kernels/statistical_top_k.h"
@@ -79,6 +80,9 @@ void assign(const AssignmentShape& shape, const double* cost, const int64_t* cap
             int32_t* column_of_row, const AssignmentDuals& duals, const Stream& stream);
 void assign_balanced(const AssignmentShape& shape, DType dtype, const void* scores,
                      int32_t* column_of_row, const Stream& stream);
+AtomCounts select_atoms(const AtomCells& cells, AtomOrder order, const float* scores,
+                        const uint64_t* candidates, const int64_t* k, RandomKey key,
+                        uint64_t* selected, const Stream& stream);
 int64_t sinkhorn(const SinkhornShape& shape, const SinkhornOptions& options, DType dtype,
                  const void* logits, double* log_d1, const Stream& stream);
 void statistical_top_k(const StatisticalTopKShape& shape, const StatisticalTopKOptions& options,

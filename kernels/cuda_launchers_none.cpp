@@ -76,6 +76,10 @@ void assign(const AssignmentShape&, const double*, const int64_t*, int32_t*, con
 void assign_balanced(const AssignmentShape&, DType, const void*, int32_t*, const Stream&) {
   refuse("assign_balanced");
 }
+AtomCounts select_atoms(const AtomCells&, AtomOrder, const float*, const uint64_t*, const int64_t*,
+                        RandomKey, uint64_t*, const Stream&) {
+  refuse("select_atoms");
+}
 int64_t sinkhorn(const SinkhornShape&, const SinkhornOptions&, DType, const void*, double*,
                  const Stream&) {
   refuse("sinkhorn");

@@ -79,6 +79,21 @@ void assign_balanced(const AssignmentShape& shape, DType dtype, const void* scor
   columns.write();
 }
 
+AtomCounts select_atoms(const AtomCells& cells, AtomOrder order, const float* scores,
+                        const uint64_t* candidates, const int64_t* k, RandomKey key,
+                        uint64_t* selected, const Stream& stream) {
+  const int64_t bytes = num_mask_words(cells.num_atoms()) * int64_t{sizeof(uint64_t)};
+  const HostInput values(scores, cells.num_atoms() * int64_t{sizeof(float)}, stream);
+  const HostInput allowed(candidates, bytes, stream);
+  const HostInput wanted(k, cells.num_cells * int64_t{sizeof(int64_t)}, stream);
+  HostOutput result(selected, bytes, stream);
+  const AtomCounts counts =
+      kernels::select_atoms(cells, order, values.as<float>(), allowed.as<uint64_t>(),
+                            wanted.as<int64_t>(), key, result.as<uint64_t>());
+  result.write();
+  return counts;
+}
+
 int64_t sinkhorn(const SinkhornShape& shape, const SinkhornOptions& options, DType dtype,
                  const void* logits, double* log_d1, const Stream& stream) {
   const int64_t T = shape.num_tokens, E = shape.num_experts;

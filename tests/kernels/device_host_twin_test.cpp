@@ -2,6 +2,7 @@
 // host; every output held NaN or -9 before. Sizes 0, 1 and odd ones, masks, outputs that are null,
 // and an error of the host's reaches the caller.
 #include "kernels/assignment.h"
+#include "kernels/select_atoms.h"
 #include "kernels/sinkhorn.h"
 #include "kernels/statistical_top_k.h"
 #include "tests/kernels/device_fixture.h"
@@ -110,6 +111,34 @@ TEST_F(DeviceHostTwin, AssignBalanced) {
     assign_balanced(shape, DType::kFloat32, on_device.data(), columns.data(), stream());
     assign_balanced(shape, DType::kFloat32, scores.data(), expected.data());
     EXPECT_EQ(columns.read(), expected) << rows;
+  }
+}
+
+TEST_F(DeviceHostTwin, SelectAtoms) {
+  for (const AtomCells& cells : std::vector<AtomCells>{{1, 0}, {1, 1}, {5, 37}, {1, 5000}}) {
+    const int64_t count = cells.num_atoms();
+    auto scores = normal_values<float>(count, 6);
+    if (count > 2) scores[2] = std::numeric_limits<float>::quiet_NaN();
+    std::vector<uint64_t> candidates(static_cast<size_t>(num_mask_words(count)), 0);
+    for (int64_t a = 0; a < count; ++a) {
+      if (a % 4 != 1) candidates[static_cast<size_t>(a / 64)] |= uint64_t{1} << (a % 64);
+    }
+    const std::vector<int64_t> k(static_cast<size_t>(cells.num_cells), cells.atoms_per_cell / 3);
+    std::vector<uint64_t> expected(candidates.size(), 9);
+    DeviceArray<float> values(scores, stream());
+    DeviceArray<uint64_t> allowed(candidates, stream()), selected(expected, stream());
+    DeviceArray<int64_t> wanted(k, stream());
+    for (const bool has_scores : {true, false}) {
+      const AtomCounts found =
+          select_atoms(cells, AtomOrder::kSmallest, has_scores ? values.data() : nullptr,
+                       allowed.data(), wanted.data(), random_key(1), selected.data(), stream());
+      const AtomCounts counts =
+          select_atoms(cells, AtomOrder::kSmallest, has_scores ? scores.data() : nullptr,
+                       candidates.data(), k.data(), random_key(1), expected.data());
+      EXPECT_EQ(selected.read(), expected) << count;
+      EXPECT_EQ(found.num_selected, counts.num_selected);
+      EXPECT_EQ(found.num_nan, counts.num_nan);
+    }
   }
 }
 

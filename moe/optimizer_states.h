@@ -1,0 +1,27 @@
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace torch::optim {
+class Optimizer;
+}
+
+// Internal: what an optimizer of LibTorch keeps for each entry of a parameter.
+
+namespace perseid {
+
+struct OptimizerStates {
+  std::vector<at::Tensor> momentum;       ///< averages of gradients
+  std::vector<at::Tensor> second_moment;  ///< averages of squares
+};
+
+/// Throws ConfigError unless it is SGD, Adam or AdamW.
+void require_known(const torch::optim::Optimizer& optimizer);
+
+bool holds(const torch::optim::Optimizer& optimizer, const at::Tensor& parameter);
+
+/// The tensors themselves; none before the parameter's first step.
+OptimizerStates states_of(torch::optim::Optimizer& optimizer, const at::Tensor& parameter);
+
+}  // namespace perseid

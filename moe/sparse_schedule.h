@@ -1,0 +1,50 @@
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "moe/sparse_unit.h"
+
+// When masks change and by how much: pure functions of the global step, with no counters.
+
+namespace perseid {
+
+/// How the drop fraction falls over x = (step - begin) / (end - begin).
+enum class Anneal : uint8_t {
+  kConstant,  ///< alpha
+  kCosine,    ///< alpha / 2 * (1 + cos(pi x))
+  kPoly,      ///< alpha * (1 - x)^power
+  kLinear,    ///< alpha * (1 - x)
+};
+
+struct Schedule {
+  int64_t begin = 0;  ///< first step with an update
+  /// No update in this step and later; begin: never one; -1: three quarters of total_steps.
+  int64_t end = -1;
+  int64_t total_steps = 0;  ///< needed for end = -1 only
+  int64_t every = 100;      ///< steps between two updates of a unit
+  double alpha = 0.3;       ///< drop fraction at `begin`, in [0, 1]
+  Anneal anneal = Anneal::kCosine;
+  double power = 3;      ///< kPoly
+  double alpha_min = 0;  ///< the fraction never falls below it
+  /// Units take turns inside `every` steps, so that not all need a dense gradient in one step.
+  bool stagger = false;
+
+  int64_t end_step() const;  ///< `end` with its default resolved
+};
+
+/// Throws ConfigError that names the field.
+void validate(const Schedule& schedule);
+
+/// Offset of each unit inside `every`: floor(every * ordinal / number), where units are ordered by
+/// (layer, matrix, bit-reversed expert id), which spreads those of one step over the ranks.
+/// Without stagger all are 0.
+/// @param keys  of all units of all ranks, in any order
+std::vector<int64_t> update_offsets(const Schedule& schedule, const std::vector<UnitKey>& keys);
+
+/// Whether the unit with this offset updates in this step.
+bool is_update_step(const Schedule& schedule, int64_t step, int64_t offset);
+
+/// Share of the active atoms that an update of this step changes.
+double drop_fraction(const Schedule& schedule, int64_t step);
+
+}  // namespace perseid

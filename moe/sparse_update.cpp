@@ -1,0 +1,198 @@
+#include "moe/sparse_update.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels/error.h"
+
+namespace perseid {
+namespace {
+
+using kernels::AtomCells;
+using kernels::AtomOrder;
+using kernels::RandomKey;
+
+constexpr const char* kOperation = "update_mask";
+
+/// Selections of one unit, and the non-finite scores that they saw.
+class Selector {
+ public:
+  explicit Selector(const AtomLayout& layout) : layout_(layout) {}
+
+  PackedMask in_cells(AtomOrder order, const float* scores, const PackedMask& candidates,
+                      const std::vector<int64_t>& k, RandomKey key) {
+    return select(layout_.cells, order, scores, candidates, k, key);
+  }
+  PackedMask in_unit(AtomOrder order, const float* scores, const PackedMask& candidates, int64_t k,
+                     RandomKey key) {
+    return select({1, layout_.num_atoms()}, order, scores, candidates, {k}, key);
+  }
+  std::vector<int64_t> counts(const PackedMask& mask) const {
+    std::vector<int64_t> result(static_cast<size_t>(layout_.cells.num_cells));
+    kernels::count_atoms(layout_.cells, mask.data(), result.data());
+    return result;
+  }
+  int64_t num_non_finite() const { return num_non_finite_; }
+
+ private:
+  PackedMask select(const AtomCells& cells, AtomOrder order, const float* scores,
+                    const PackedMask& candidates, const std::vector<int64_t>& k, RandomKey key) {
+    PackedMask result(layout_.rows, layout_.cols);
+    const kernels::AtomCounts counts = kernels::select_atoms(
+        cells, order, scores, candidates.data(), k.data(), key, result.data());
+    num_non_finite_ += counts.num_nan + counts.num_infinite;
+    return result;
+  }
+
+  const AtomLayout& layout_;
+  int64_t num_non_finite_ = 0;
+};
+
+/// The atoms of `candidates` with accept(atom).
+template <typename Accept>
+PackedMask filtered(const PackedMask& candidates, Accept accept) {
+  PackedMask result(candidates.rows(), candidates.cols());
+  for (int64_t atom = 0; atom < candidates.num_places(); ++atom) {
+    if (candidates.test(atom) && accept(atom)) result.set(atom, true);
+  }
+  return result;
+}
+
+int64_t part_of(double fraction, int64_t count) {
+  return static_cast<int64_t>(std::floor(fraction * static_cast<double>(count)));
+}
+
+/// a - b, but at least 0.
+std::vector<int64_t> lacking(const std::vector<int64_t>& a, const std::vector<int64_t>& b) {
+  std::vector<int64_t> result(a.size());
+  for (size_t i = 0; i < a.size(); ++i) result[i] = std::max<int64_t>(0, a[i] - b[i]);
+  return result;
+}
+bool is_any(const std::vector<int64_t>& counts) {
+  return std::any_of(counts.begin(), counts.end(), [](int64_t count) { return count > 0; });
+}
+
+void check(const AtomLayout& layout, const UpdateRule& rule, const UpdateInput& input) {
+  require(input.active != nullptr, kOperation, "active", "null", "is missing; pass the mask");
+  require(input.active->rows() == layout.rows && input.active->cols() == layout.cols, kOperation,
+          "active", to_text(input.active->rows()) + "x" + to_text(input.active->cols()),
+          "is not the layout's " + to_text(layout.rows) + "x" + to_text(layout.cols) + " atoms");
+  require(input.fraction >= 0 && input.fraction <= 1, kOperation, "fraction", input.fraction,
+          "is outside [0, 1]");
+  require(rule.random_share >= 0 && rule.random_share <= 1, kOperation, "random_share",
+          rule.random_share, "is outside [0, 1]");
+  require(input.drop_scores != nullptr || layout.num_atoms() == 0, kOperation, "drop_scores",
+          "null", "is missing; pass the scores");
+  require(rule.drop != DropCriterion::kSetSigned || layout.is_elementwise(), kOperation, "drop",
+          "set_signed", "needs atoms of one position, which have a sign; choose magnitude");
+  require(rule.grow != GrowCriterion::kGrad || input.grow_scores != nullptr, kOperation,
+          "grow_scores", "null", "is missing; grad needs them");
+  require(rule.grow != GrowCriterion::kUnfired || input.ever_active != nullptr, kOperation,
+          "ever_active", "null", "is missing; unfired needs it");
+}
+
+}  // namespace
+
+MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const UpdateInput& input) {
+  check(layout, rule, input);
+  const PackedMask& active = *input.active;
+  const int64_t num_active = active.count();
+  const int64_t target = input.target < 0 ? num_active : input.target;
+  require(target <= layout.num_atoms(), kOperation, "target", target,
+          "exceeds num_atoms=" + to_text(layout.num_atoms()));
+  require(target % layout.cells.num_cells == 0, kOperation, "target", target,
+          "is not a multiple of num_cells=" + to_text(layout.cells.num_cells));
+  const std::vector<int64_t> target_of(static_cast<size_t>(layout.cells.num_cells),
+                                       target / layout.cells.num_cells);
+
+  const MaskUpdate unchanged{active, PackedMask(layout.rows, layout.cols),
+                             PackedMask(layout.rows, layout.cols)};
+  Selector selector(layout);
+
+  // Who goes. Weights of both signs are ranked by distance from 0.
+  std::vector<float> magnitudes;
+  const float* drop_scores = input.drop_scores;
+  PackedMask dropped;
+  if (rule.drop == DropCriterion::kSetSigned) {
+    magnitudes.resize(static_cast<size_t>(layout.num_atoms()));
+    for (size_t a = 0; a < magnitudes.size(); ++a) magnitudes[a] = std::abs(drop_scores[a]);
+    const float* const weights = drop_scores;
+    const PackedMask negative = filtered(active, [&](int64_t a) { return weights[a] < 0; });
+    const PackedMask others = without(active, negative);
+    drop_scores = magnitudes.data();
+    dropped = selector.in_unit(AtomOrder::kSmallest, drop_scores, negative,
+                               part_of(input.fraction, negative.count()), input.drop_key) |
+              selector.in_unit(AtomOrder::kSmallest, drop_scores, others,
+                               part_of(input.fraction, others.count()), input.drop_key);
+  } else {
+    const int64_t num_drop = part_of(input.fraction, num_active) + num_active - target;
+    dropped = selector.in_unit(AtomOrder::kSmallest, drop_scores, active,
+                               std::max<int64_t>(0, num_drop), input.drop_key);
+  }
+  // Cells that have more than their target without growing lose the rest, too.
+  PackedMask kept = without(active, dropped);
+  if (const auto too_many = lacking(selector.counts(kept), target_of); is_any(too_many)) {
+    const PackedMask worst =
+        selector.in_cells(AtomOrder::kSmallest, drop_scores, kept, too_many, input.drop_key);
+    kept = without(kept, worst);
+  }
+
+  // Who comes.
+  PackedMask eligible = without(PackedMask::full(layout.rows, layout.cols), active);
+  if (!rule.exclude_just_dropped) eligible = eligible | dropped;
+  const std::vector<int64_t> need = lacking(target_of, selector.counts(kept));
+  MaskUpdate result = unchanged;
+  PackedMask grown(layout.rows, layout.cols);
+  if (rule.grow != GrowCriterion::kRandom && is_any(need)) {
+    std::vector<int64_t> by_score = need;
+    for (int64_t& count : by_score) count -= part_of(rule.random_share, count);
+    if (rule.grow == GrowCriterion::kGrad) {
+      const float* const scores = input.grow_scores;
+      // NaN is not 0: it stays, so that it is counted.
+      const PackedMask with_gradient =
+          filtered(eligible, [&](int64_t a) { return scores[a] != 0.0f; });
+      result.has_no_gradient = eligible.count() > 0 && with_gradient.count() == 0;
+      if (result.has_no_gradient) return result;
+      grown =
+          selector.in_cells(AtomOrder::kLargest, scores, with_gradient, by_score, input.grow_key);
+    } else {
+      grown = selector.in_cells(AtomOrder::kLargest, nullptr, without(eligible, *input.ever_active),
+                                by_score, input.grow_key);
+      const auto rest = lacking(by_score, selector.counts(grown));
+      grown = grown | selector.in_cells(AtomOrder::kLargest, nullptr, without(eligible, grown),
+                                        rest, input.grow_key);
+    }
+  }
+  result.num_non_finite = selector.num_non_finite();
+  if (result.num_non_finite > 0) return result;
+
+  // What is left of the need: by chance, where that is the rule; then dropped atoms that stay; and
+  // if the target rose, any.
+  const auto fill = [&](AtomOrder order, const float* scores, const PackedMask& candidates,
+                        const std::vector<int64_t>& wanted, RandomKey key) {
+    if (!is_any(wanted)) return;
+    grown = grown | selector.in_cells(order, scores, without(candidates, grown), wanted, key);
+  };
+  if (rule.grow == GrowCriterion::kRandom) {
+    fill(AtomOrder::kLargest, nullptr, eligible, need, input.random_key);
+  } else if (rule.random_share > 0) {
+    std::vector<int64_t> by_chance = need;
+    for (int64_t& count : by_chance) count = part_of(rule.random_share, count);
+    fill(AtomOrder::kLargest, nullptr, eligible, by_chance, input.random_key);
+  }
+  fill(AtomOrder::kLargest, drop_scores, without(active, kept),
+       lacking(need, selector.counts(grown)), input.drop_key);
+  fill(AtomOrder::kLargest, nullptr, eligible, lacking(need, selector.counts(grown)),
+       input.random_key);
+
+  result.mask = kept | grown;
+  PERSEID_INVARIANT(selector.counts(result.mask) == target_of);
+  result.dropped = without(active, result.mask);
+  result.grown = without(result.mask, active);
+  result.num_dropped = result.dropped.count();
+  result.num_grown = result.grown.count();
+  return result;
+}
+
+}  // namespace perseid

@@ -1,0 +1,64 @@
+#pragma once
+#include <cstdint>
+
+#include "kernels/random.h"
+#include "moe/sparse_mask.h"
+#include "moe/sparse_structure.h"
+
+// One update of a mask: atoms are dropped and as many grown, so that every cell keeps its number.
+// Pure functions of scores, masks and keys.
+
+namespace perseid {
+
+enum class DropCriterion : uint8_t {
+  kMagnitude,  ///< the smallest scores go
+  kSetSigned,  ///< the same fraction of the positive weights and of the negative ones, nearest to 0
+};
+enum class GrowCriterion : uint8_t {
+  kRandom,   ///< any
+  kGrad,     ///< the largest scores, never one of 0
+  kUnfired,  ///< those that were never active, any of them; then the others
+};
+
+struct UpdateRule {
+  DropCriterion drop = DropCriterion::kMagnitude;
+  GrowCriterion grow = GrowCriterion::kRandom;
+  /// Share of the grown that kRandom chooses, after `grow` has chosen the others: "mixed".
+  double random_share = 0;
+  /// True: a dropped atom is not grown again by the same update. False: it may be, and then it
+  /// counts as untouched.
+  bool exclude_just_dropped = true;
+};
+
+struct UpdateInput {
+  const PackedMask* active = nullptr;
+  /// [num_atoms] read at active atoms: kMagnitude their scores; kSetSigned the weights, of atoms
+  /// that are one position each.
+  const float* drop_scores = nullptr;
+  /// [num_atoms] read at inactive atoms, and at dropped ones if they may grow: kGrad magnitudes of
+  /// the gradient; else not read.
+  const float* grow_scores = nullptr;
+  const PackedMask* ever_active = nullptr;  ///< kUnfired: atoms that were active before
+  double fraction = 0;                      ///< share of the active atoms that change, in [0, 1]
+  int64_t target = -1;  ///< active atoms afterwards, a multiple of the cells; -1: as many as now
+  kernels::RandomKey drop_key, grow_key, random_key;
+};
+
+struct MaskUpdate {
+  PackedMask mask;     ///< afterwards; the one before if nothing is done
+  PackedMask dropped;  ///< active before and not after
+  PackedMask grown;    ///< active after and not before
+  int64_t num_dropped = 0;
+  int64_t num_grown = 0;
+  int64_t num_non_finite = 0;    ///< NaN and infinite scores that were looked at: nothing is done
+  bool has_no_gradient = false;  ///< kGrad: every eligible score is 0: nothing is done
+};
+
+/// Drops floor(fraction * active) atoms of the unit, or the fraction of each sign, plus those that
+/// `target` has too many of; then each cell grows what it lacks. Where a cell cannot grow enough,
+/// the best of its dropped atoms stay: the budget comes first.
+/// Throws ConfigError for a fraction outside [0, 1] or a target that the cells cannot share
+/// equally.
+MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const UpdateInput& input);
+
+}  // namespace perseid

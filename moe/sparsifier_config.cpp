@@ -1,0 +1,82 @@
+#include <ostream>
+
+#include "moe/sparsifier.h"
+
+namespace perseid {
+namespace {
+
+const char* name_of(Distribution distribution) {
+  switch (distribution) {
+    case Distribution::kUniform:
+      return "uniform";
+    case Distribution::kEr:
+      return "er";
+    case Distribution::kErk:
+      return "erk";
+    case Distribution::kEpsilon:
+      return "epsilon";
+    case Distribution::kCustom:
+      return "custom";
+  }
+  return "?";
+}
+const char* name_of(Cell cell) {
+  return cell == Cell::kUnit ? "unit" : cell == Cell::kRow ? "row" : "group";
+}
+const char* name_of(DropCriterion drop) {
+  return drop == DropCriterion::kMagnitude ? "magnitude" : "set_signed";
+}
+const char* name_of(GrowCriterion grow) {
+  return grow == GrowCriterion::kRandom ? "random"
+         : grow == GrowCriterion::kGrad ? "grad"
+                                        : "unfired";
+}
+const char* name_of(Anneal anneal) {
+  switch (anneal) {
+    case Anneal::kConstant:
+      return "constant";
+    case Anneal::kCosine:
+      return "cosine";
+    case Anneal::kPoly:
+      return "poly";
+    case Anneal::kLinear:
+      return "linear";
+  }
+  return "?";
+}
+const char* name_of(UpdateOrder order) {
+  return order == UpdateOrder::kBeforeStep      ? "before_step"
+         : order == UpdateOrder::kInsteadOfStep ? "instead_of_step"
+                                                : "after_step";
+}
+
+}  // namespace
+
+std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
+  const auto& [budget, structure, rule, schedule, state, order, grad_accum, min_rows, seed, units] =
+      config;
+  out << "budget=" << name_of(budget.distribution) << " density=" << budget.density.numerator()
+      << "/" << budget.density.denominator() << " power=" << budget.power
+      << " epsilon=" << budget.epsilon;
+  for (const CustomDensity& custom : budget.custom) {
+    out << " " << custom.pattern << "=" << custom.density.numerator() << "/"
+        << custom.density.denominator();
+  }
+  out << " cell=" << name_of(structure.cell) << " atom=" << structure.atom_rows << "x"
+      << structure.atom_cols << " group=" << structure.group_keep << ":" << structure.group
+      << " pad=" << structure.pad << " drop=" << name_of(rule.drop)
+      << " grow=" << name_of(rule.grow) << " random_share=" << rule.random_share
+      << " exclude_just_dropped=" << rule.exclude_just_dropped << " begin=" << schedule.begin
+      << " end=" << schedule.end_step() << " every=" << schedule.every
+      << " alpha=" << schedule.alpha << " anneal=" << name_of(schedule.anneal)
+      << " power=" << schedule.power << " alpha_min=" << schedule.alpha_min
+      << " stagger=" << schedule.stagger
+      << " grown=" << (state.weight == GrownWeight::kZero ? "zero" : "normal")
+      << " weight_std=" << state.weight_std
+      << " second_moment=" << (state.second_moment == GrownSecondMoment::kZero ? "zero" : "mean")
+      << " order=" << name_of(order) << " grad_accum=" << grad_accum << " min_rows=" << min_rows
+      << " seed=" << seed;
+  return out;
+}
+
+}  // namespace perseid
