@@ -8,6 +8,7 @@
 
 #include "kernels/checks.h"
 #include "kernels/comet_trees.h"
+#include "kernels/dense_row.h"
 #include "kernels/parallel.h"
 
 namespace perseid::kernels {
@@ -51,14 +52,6 @@ struct ReachedNode {
   int64_t node;
   T reach;
 };
-
-template <typename T>
-PERSEID_INLINE T dot(const T* a, const T* b, int64_t count) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < count; ++d) sum += a[d] * b[d];
-  return sum;
-}
 
 /// Logits of one token whose rows hold zeros; returns how many it formed.
 template <typename T>

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "kernels/checks.h"
+#include "kernels/dense_row.h"
 #include "kernels/mask_bits.h"
 #include "kernels/parallel.h"
 #include "kernels/simd.h"
@@ -27,20 +28,6 @@ void check(const char* operation, const void* matrix, const uint64_t* is_active,
   require_buffer(operation, "is_active", is_active, M * N);
   require_buffer(operation, "rows of M", of_rows, M * D);
   require_buffer(operation, "rows of N", of_columns, N * D);
-}
-
-template <typename T>
-PERSEID_INLINE void add_scaled(T scale, const T* source, int64_t count, T* target) {
-#pragma omp simd
-  for (int64_t d = 0; d < count; ++d) target[d] += scale * source[d];
-}
-
-template <typename T>
-PERSEID_INLINE T dot(const T* a, const T* b, int64_t count) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < count; ++d) sum += a[d] * b[d];
-  return sum;
 }
 
 template <typename T>

@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "kernels/checks.h"
+#include "kernels/dense_row.h"
 #include "kernels/parallel.h"
 #include "kernels/simd.h"
 
@@ -23,12 +24,6 @@ void check(const char* operation, const void* a, const void* b, int64_t M, int64
   require_buffer(operation, "a", a, M * N);
   require_buffer(operation, "b", b, rows_of_b * D);
   require_buffer(operation, "out", out, rows_of_out * D);
-}
-
-template <typename T>
-PERSEID_INLINE void add_scaled(T scale, const T* source, int64_t count, T* target) {
-#pragma omp simd
-  for (int64_t d = 0; d < count; ++d) target[d] += scale * source[d];
 }
 
 template <typename T>

@@ -214,12 +214,8 @@ class Search {
   /// The mean held loss of the order that is set, which differs from the best one in one layer.
   double evaluate(size_t changed) {
     const at::NoGradGuard no_grad;
-    std::vector<char> replays(layers_.size());
     for (size_t i = 0; i < layers_.size(); ++i) {
-      replays[i] = probes_all() && runs_until(i, changed);
-    }
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      model_.probes[i].replay = replays[i] != 0;
+      model_.probes[i].replay = probes_all() && runs_until(i, changed);
       model_.probes[i].collect = false;
       model_.probes[i].record = false;
     }
@@ -241,12 +237,10 @@ class Search {
   /// M of every unit, summed over held batches and ranks.
   std::vector<ScoreMatrix> score() {
     const at::AutoGradMode with_grad(true);
-    std::vector<char> is_first(layers_.size());
-    for (size_t i = 0; i < layers_.size(); ++i) is_first[i] = is_first_layer(i);
     for (size_t i = 0; i < layers_.size(); ++i) {
       LayerProbe& probe = model_.probes[i];
       probe.record = true;
-      probe.replay = probes_all() && is_first[i] != 0;
+      probe.replay = probes_all() && is_first_layer(i);
       probe.collect = probes_all();
     }
     std::vector<ScoreMatrix> matrices;

@@ -1,6 +1,9 @@
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "comm/launcher.h"
 #include "examples/common/data_folder.h"
@@ -41,6 +44,19 @@ std::string error_text(Body&& body) {
     return std::string("another exception: ") + error.what();
   }
   return "no exception";
+}
+
+/// Largest difference as a share of the largest value.
+inline double relative_difference(const std::vector<double>& a, const std::vector<double>& b) {
+  if (a.size() != b.size()) return INFINITY;
+  double scale = 0;
+  double difference = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (std::isnan(a[i]) || std::isnan(b[i])) return INFINITY;
+    scale = std::max(scale, std::abs(a[i]));
+    difference = std::max(difference, std::abs(a[i] - b[i]));
+  }
+  return scale > 0 ? difference / scale : difference;
 }
 
 }  // namespace perseid::examples

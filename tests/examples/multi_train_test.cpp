@@ -61,19 +61,6 @@ MultiResult run_alone(const MultiOptions& options) {
   return train_multi(comm::self_group(), fixture_pairs(), options);
 }
 
-/// Largest difference as a share of the largest value.
-double relative_difference(const std::vector<double>& a, const std::vector<double>& b) {
-  if (a.size() != b.size()) return INFINITY;
-  double scale = 0;
-  double difference = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (std::isnan(a[i]) || std::isnan(b[i])) return INFINITY;
-    scale = std::max(scale, std::abs(a[i]));
-    difference = std::max(difference, std::abs(a[i] - b[i]));
-  }
-  return scale > 0 ? difference / scale : difference;
-}
-
 void expect_equal_scores(const MultiScore& a, const MultiScore& b) {
   for (size_t task = 0; task < kNumTasks; ++task) {
     EXPECT_EQ(a.tasks[task].accuracy, b.tasks[task].accuracy);

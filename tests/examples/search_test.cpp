@@ -94,19 +94,6 @@ MultiResult run(int ranks, const MultiOptions& options) {
   });
 }
 
-/// Largest difference as a share of the largest value.
-double relative_difference(const std::vector<double>& a, const std::vector<double>& b) {
-  if (a.size() != b.size()) return INFINITY;
-  double scale = 0;
-  double difference = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (std::isnan(a[i]) || std::isnan(b[i])) return INFINITY;
-    scale = std::max(scale, std::abs(a[i]));
-    difference = std::max(difference, std::abs(a[i] - b[i]));
-  }
-  return scale > 0 ? difference / scale : difference;
-}
-
 void expect_equal_weights(const std::vector<WeightDump>& a, const std::vector<WeightDump>& b,
                           double tolerance) {
   ASSERT_EQ(a.size(), b.size());
