@@ -1,6 +1,8 @@
 # Options of the build. Each optional part is AUTO (use it if it is found), ON (stop without it) or OFF.
 option(PERSEID_BUILD_EXAMPLES "Build the example programs" ${PROJECT_IS_TOP_LEVEL})
 option(PERSEID_BUILD_TESTS "Build the tests" ${PROJECT_IS_TOP_LEVEL})
+option(PERSEID_UNITY_BUILD "Compile files with LibTorch's headers in groups: half the time of a whole build"
+  ON)
 option(PERSEID_PYTHON_OPS "Build libperseid_ops.so, which torch.ops.load_library loads in Python"
   ${PROJECT_IS_TOP_LEVEL})
 option(PERSEID_INSTALL "Add the rules of cmake --install" ${PROJECT_IS_TOP_LEVEL})

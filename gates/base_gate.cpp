@@ -20,7 +20,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kOperation = "base_gate";
+constexpr const char* kBaseGate = "base_gate";
 
 /// Rows of length 1 at right angles, the first `count` vectors of `width` >= count numbers: normal
 /// draws by Gram and Schmidt, twice, which leaves errors of rounding alone.
@@ -58,7 +58,7 @@ Tensor balanced_experts(const Tensor& logits, const std::vector<Tensor>& groups)
     const Tensor chosen = at::empty({group.size(0)}, experts.options());
     kernels::assign_balanced({scores.size(0), scores.size(1)}, kernel_type(scores.scalar_type()),
                              scores.const_data_ptr(), chosen.mutable_data_ptr<int32_t>(),
-                             stream_of(scores, kOperation));
+                             stream_of(scores, kBaseGate));
     experts.index_copy_(0, group, chosen);
   }
   return experts;
@@ -74,17 +74,17 @@ Tensor best_experts(const Tensor& logits, const Tensor& valid) {
 }  // namespace
 
 BaseGate::BaseGate(const BaseGateOptions& options)
-    : Gate(kOperation, options.num_experts(), 1), options_(options) {
-  require_d_model(kOperation, options.d_model());
-  require_group_size(kOperation, options.group_size());
-  require(std::isfinite(options.init_gain()) && options.init_gain() > 0, kOperation, "init_gain",
+    : Gate(kBaseGate, options.num_experts(), 1), options_(options) {
+  require_d_model(kBaseGate, options.d_model());
+  require_group_size(kBaseGate, options.group_size());
+  require(std::isfinite(options.init_gain()) && options.init_gain() > 0, kBaseGate, "init_gain",
           options.init_gain(), "is not a finite number above 0; 0.1 is usual");
   weight = register_parameter("weight", initial_weight(options));
 }
 
 GateOutput BaseGate::forward(const GateInput& input) {
-  require_input(input, weight, kOperation);
-  const auto groups = token_groups(input, options_.group_size(), kOperation);
+  require_input(input, weight, kBaseGate);
+  const auto groups = token_groups(input, options_.group_size(), kBaseGate);
   const Tensor valid = input.valid.value_or(Tensor());
   const Tensor logits = linear_logits(input.tokens, weight, {}, valid);
   const Tensor scores = logits.detach();

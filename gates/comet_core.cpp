@@ -20,8 +20,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOperation = "comet_gate";
-
 kernels::CometInput kernel_input(const Tensor& splits, const Tensor& leaves,
                                  const Tensor& expert_map, const Tensor& valid) {
   kernels::CometInput input;
@@ -49,7 +47,7 @@ struct CometCore : torch::autograd::Function<CometCore> {
                                  valid, options);
     const Tensor &splits = logits.splits, &leaves = logits.leaves;
     const kernels::CometShape shape{splits.size(0), options.num_experts, options.num_trees};
-    const kernels::Stream stream = stream_of(splits, kOperation);
+    const kernels::Stream stream = stream_of(splits, kCometGate);
 
     const Tensor weights = at::empty({shape.num_tokens, shape.num_experts}, splits.options());
     const Tensor entropy_sum = at::empty({}, splits.options().dtype(at::kDouble));
@@ -90,7 +88,7 @@ struct CometCore : torch::autograd::Function<CometCore> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    require(!c10::GradMode::is_enabled(), kOperation, "create_graph", true,
+    require(!c10::GradMode::is_enabled(), kCometGate, "create_graph", true,
             "is not supported: the gate has no second derivative");
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &features = saved[0], &split_weight = saved[1], &leaf_weight = saved[2];
@@ -123,7 +121,7 @@ struct CometCore : torch::autograd::Function<CometCore> {
                             {weights.const_data_ptr(), data_or_null(grad_weights),
                              static_cast<const double*>(data_or_null(grad_entropy_sum))},
                             grad_splits.mutable_data_ptr(), grad_leaves.mutable_data_ptr(),
-                            stream_of(splits, kOperation));
+                            stream_of(splits, kCometGate));
 
     // Gradients in the order of the inputs of forward, in their types.
     variable_list results(8);

@@ -11,6 +11,8 @@
 
 namespace perseid::gates {
 
+inline constexpr const char* kCometGate = "comet_gate";  ///< in errors
+
 struct CometParameters {
   at::Tensor split_weight, split_bias, leaf_weight, leaf_bias;  ///< weights undefined: static
 };

@@ -11,19 +11,18 @@
 namespace perseid::gates {
 namespace {
 
-constexpr const char* kOperation = "comet_gate";
 constexpr double kLeafBound = 0.05;
 
 /// Of a gate with more than one expert.
 void require_parameters(const CometGate& gate, const GateInput& input) {
   const int64_t E = gate.num_experts(), K = gate.top_k(), D = gate.options().d_model();
   if (gate.options().per_token()) {
-    require_shape(gate.split_weight, {K * (E - 1), D}, kOperation, "split_weight");
-    require_shape(gate.leaf_weight, {K * E, D}, kOperation, "leaf_weight");
+    require_shape(gate.split_weight, {K * (E - 1), D}, kCometGate, "split_weight");
+    require_shape(gate.leaf_weight, {K * E, D}, kCometGate, "leaf_weight");
   }
-  require_shape(gate.split_bias, {K * (E - 1)}, kOperation, "split_bias");
-  require_shape(gate.leaf_bias, {K * E}, kOperation, "leaf_bias");
-  require(input.tokens.device() == gate.leaf_bias.device(), kOperation, "tokens.device",
+  require_shape(gate.split_bias, {K * (E - 1)}, kCometGate, "split_bias");
+  require_shape(gate.leaf_bias, {K * E}, kCometGate, "leaf_bias");
+  require(input.tokens.device() == gate.leaf_bias.device(), kCometGate, "tokens.device",
           input.tokens.device(),
           "differs from leaf_bias.device=" + to_text(gate.leaf_bias.device()));
 }
@@ -31,8 +30,8 @@ void require_parameters(const CometGate& gate, const GateInput& input) {
 }  // namespace
 
 CometGate::CometGate(const CometGateOptions& options)
-    : TreeGate(kOperation, options.num_experts(), options.top_k()), options_(options) {
-  validate_smooth_step(options, kOperation);
+    : TreeGate(kCometGate, options.num_experts(), options.top_k()), options_(options) {
+  validate_smooth_step(options, kCometGate);
   const int64_t E = options.num_experts(), K = options.top_k(), D = options.d_model();
   if (E == 1) return;
   const kernels::RandomKey key = initial_key(options);
@@ -49,9 +48,9 @@ CometGate::CometGate(const CometGateOptions& options)
 }
 
 GateOutput CometGate::forward_mapped(const GateInput& input, const at::Tensor& expert_map) {
-  gates::validate(input, options_.d_model(), kOperation);
+  gates::validate(input, options_.d_model(), kCometGate);
   const at::Tensor& tokens = input.tokens;
-  const at::Tensor map = checked_expert_map(expert_map, *this, tokens.device(), kOperation);
+  const at::Tensor map = checked_expert_map(expert_map, *this, tokens.device(), kCometGate);
   if (num_experts() == 1) {
     GateOutput output = one_expert_per_token(
         input, at::zeros({tokens.size(0)}, tokens.options().dtype(at::kInt)), 1);
@@ -81,13 +80,13 @@ GateOutput CometGate::forward_mapped(const GateInput& input, const at::Tensor& e
       comet_core(features, {split_weight, split_bias, leaf_weight, leaf_bias},
                  input.valid.value_or(at::Tensor()), core, counts);
   GateOutput output =
-      smooth_step_output(result, counts, input, num_experts(), core.num_valid, kOperation);
+      smooth_step_output(result, counts, input, num_experts(), core.num_valid, kCometGate);
   add_smooth_step_losses(options_, result.entropy_sum, input, output);
   return output;
 }
 
 at::Tensor CometGate::tree_weights(const GateInput& input) {
-  gates::validate(input, options_.d_model(), kOperation);
+  gates::validate(input, options_.d_model(), kCometGate);
   if (num_experts() == 1) return one_expert_tree_weights(input);
   require_parameters(*this, input);
   const auto logits_of = [&](const at::Tensor& weight, const at::Tensor& bias) {

@@ -13,8 +13,6 @@ using at::Tensor;
 
 namespace {
 
-constexpr const char* kOperation = "comet_gate";
-
 // Along active paths a logit costs a dot product of its own, not its share of a matrix product (of
 // LibTorch's, when this was measured). In ms on one core, float32, T = 4096, D = 1024, E = 256, K =
 // 2, forward / with backward, by the share of the 1022 logits that a token reaches:
@@ -54,7 +52,7 @@ CometLogits comet_logits(const Tensor& features, const CometParameters& paramete
                                     leaf_weight.const_data_ptr(),
                                     leaf_bias.const_data_ptr()};
   const kernels::DType dtype = kernel_type(type);
-  const kernels::Stream stream = stream_of(features, kOperation);
+  const kernels::Stream stream = stream_of(features, kCometGate);
   // On a GPU a matrix product is always faster than dot products along paths.
   const bool may_be_lazy = !is_on_device(features);
   bool is_lazy = may_be_lazy && options.descent == Descent::kLazy;

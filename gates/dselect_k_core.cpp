@@ -18,8 +18,6 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOperation = "dselect_k_gate";
-
 kernels::DSelectKInput kernel_input(const Tensor& logits, const Tensor& expert_map,
                                     const Tensor& valid) {
   kernels::DSelectKInput input;
@@ -70,7 +68,7 @@ struct DSelectKCore : torch::autograd::Function<DSelectKCore> {
     kernels::dselect_k(
         shape, options.kernel, kernel_type(logits.scalar_type()),
         kernel_input(logits, options.expert_map, options.per_token ? valid : Tensor()), output,
-        stream_of(logits, kOperation));
+        stream_of(logits, kDSelectKGate));
 
     Tensor table = weights;
     if (!options.per_token) {
@@ -92,7 +90,7 @@ struct DSelectKCore : torch::autograd::Function<DSelectKCore> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    require(!c10::GradMode::is_enabled(), kOperation, "create_graph", true,
+    require(!c10::GradMode::is_enabled(), kDSelectKGate, "create_graph", true,
             "is not supported: the gate has no second derivative");
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &logits = saved[0], &weights = saved[2];
@@ -120,7 +118,7 @@ struct DSelectKCore : torch::autograd::Function<DSelectKCore> {
         kernel_input(logits, saved[5], per_token ? or_undefined(saved[1]) : Tensor()),
         {weights.const_data_ptr(), data_or_null(grad_weights), data(grad_entropy_sum),
          data(grad_penalty_sum)},
-        grad_logits.mutable_data_ptr(), stream_of(logits, kOperation));
+        grad_logits.mutable_data_ptr(), stream_of(logits, kDSelectKGate));
     return {grad_logits, Tensor(), Tensor(), Tensor()};
   }
 };

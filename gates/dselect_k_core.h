@@ -10,6 +10,8 @@
 
 namespace perseid::gates {
 
+inline constexpr const char* kDSelectKGate = "dselect_k_gate";  ///< in errors
+
 struct DSelectKCoreOptions {
   kernels::DSelectKOptions kernel;
   int64_t num_experts = 0;

@@ -12,7 +12,6 @@
 namespace perseid::gates {
 namespace {
 
-constexpr const char* kOperation = "dselect_k_gate";
 constexpr double kSelectorBound = 0.05;
 
 /// [T, K*bits + K], or [1, ...] if not per token.
@@ -26,7 +25,7 @@ at::Tensor form_logits(const DSelectKGate& gate, const GateInput& input) {
 
 /// Of a gate with more than one expert.
 void require_device(const DSelectKGate& gate, const GateInput& input) {
-  require(input.tokens.device() == gate.code_bias.device(), kOperation, "tokens.device",
+  require(input.tokens.device() == gate.code_bias.device(), kDSelectKGate, "tokens.device",
           input.tokens.device(),
           "differs from code_bias.device=" + to_text(gate.code_bias.device()));
 }
@@ -47,9 +46,9 @@ void add_losses(const DSelectKGateOptions& options, const at::Tensor& entropy_su
 }  // namespace
 
 DSelectKGate::DSelectKGate(const DSelectKGateOptions& options)
-    : TreeGate(kOperation, options.num_experts(), options.top_k()), options_(options) {
-  validate_smooth_step(options, kOperation);
-  require_coefficient(kOperation, "penalty_coeff", options.penalty_coeff());
+    : TreeGate(kDSelectKGate, options.num_experts(), options.top_k()), options_(options) {
+  validate_smooth_step(options, kDSelectKGate);
+  require_coefficient(kDSelectKGate, "penalty_coeff", options.penalty_coeff());
   const int64_t K = options.top_k(), D = options.d_model();
   const int64_t num_switches = K * kernels::dselect_k_bits(options.num_experts());
   if (num_switches == 0) return;
@@ -68,9 +67,9 @@ DSelectKGate::DSelectKGate(const DSelectKGateOptions& options)
 }
 
 GateOutput DSelectKGate::forward_mapped(const GateInput& input, const at::Tensor& expert_map) {
-  gates::validate(input, options_.d_model(), kOperation);
+  gates::validate(input, options_.d_model(), kDSelectKGate);
   const at::Tensor& tokens = input.tokens;
-  const at::Tensor map = checked_expert_map(expert_map, *this, tokens.device(), kOperation);
+  const at::Tensor map = checked_expert_map(expert_map, *this, tokens.device(), kDSelectKGate);
   if (num_experts() == 1) {
     GateOutput output = one_expert_per_token(
         input, at::zeros({tokens.size(0)}, tokens.options().dtype(at::kInt)), 1);
@@ -95,13 +94,13 @@ GateOutput DSelectKGate::forward_mapped(const GateInput& input, const at::Tensor
   const DSelectKResult result =
       dselect_k_core(form_logits(*this, input), input.valid.value_or(at::Tensor()), core, counts);
   GateOutput output =
-      smooth_step_output(result.rows, counts, input, num_experts(), core.num_valid, kOperation);
+      smooth_step_output(result.rows, counts, input, num_experts(), core.num_valid, kDSelectKGate);
   add_losses(options_, result.rows.entropy_sum, result.penalty_sum, input, output);
   return output;
 }
 
 at::Tensor DSelectKGate::tree_weights(const GateInput& input) {
-  gates::validate(input, options_.d_model(), kOperation);
+  gates::validate(input, options_.d_model(), kDSelectKGate);
   if (num_experts() == 1) return one_expert_tree_weights(input);
   require_device(*this, input);
   return for_tokens(dselect_k_tree_weights(form_logits(*this, input), num_experts(), top_k(),

@@ -19,11 +19,11 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kOperation = "expert_choice_gate";
+constexpr const char* kExpertChoiceGate = "expert_choice_gate";
 
 int64_t nominal_top_k(const ExpertChoiceGateOptions& options) {
   const double factor = options.capacity_factor();
-  require(std::isfinite(factor) && factor > 0, kOperation, "capacity_factor", factor,
+  require(std::isfinite(factor) && factor > 0, kExpertChoiceGate, "capacity_factor", factor,
           "is not a finite number above 0; 2 is usual");
   const auto E = static_cast<double>(std::max<int64_t>(options.num_experts(), 1));
   return static_cast<int64_t>(std::clamp(std::round(factor), 1.0, E));
@@ -37,7 +37,7 @@ Tensor choose_tokens(const Tensor& shares, int64_t capacity) {
   const auto* const values = static_cast<const char*>(by_expert.const_data_ptr());
   auto* const chosen = is_chosen.mutable_data_ptr<uint8_t>();
   const int64_t row_bytes = n * static_cast<int64_t>(by_expert.element_size());
-  const kernels::Stream stream = stream_of(shares, kOperation);
+  const kernels::Stream stream = stream_of(shares, kExpertChoiceGate);
   const auto choose = [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
       kernels::select_k(values + e * row_bytes, n, capacity, kernel_type(shares.scalar_type()),
@@ -55,9 +55,9 @@ Tensor choose_tokens(const Tensor& shares, int64_t capacity) {
 }  // namespace
 
 ExpertChoiceGate::ExpertChoiceGate(const ExpertChoiceGateOptions& options)
-    : Gate(kOperation, options.num_experts(), nominal_top_k(options)), options_(options) {
-  require_d_model(kOperation, options.d_model());
-  require_group_size(kOperation, options.group_size());
+    : Gate(kExpertChoiceGate, options.num_experts(), nominal_top_k(options)), options_(options) {
+  require_d_model(kExpertChoiceGate, options.d_model());
+  require_group_size(kExpertChoiceGate, options.group_size());
   weight = register_parameter(
       "weight", router_weight(options.num_experts(), options.d_model(), options.seed(),
                               options.layer_id(), options.gate_id()));
@@ -70,8 +70,8 @@ int64_t ExpertChoiceGate::capacity(int64_t num_tokens) const {
 }
 
 GateOutput ExpertChoiceGate::forward(const GateInput& input) {
-  require_input(input, weight, kOperation);
-  const auto groups = token_groups(input, options_.group_size(), kOperation);
+  require_input(input, weight, kExpertChoiceGate);
+  const auto groups = token_groups(input, options_.group_size(), kExpertChoiceGate);
   LinearRouterOptions router;
   router.score_shares = true;  // softmax over all experts; the router's own selection is not used
   const LinearRouterOutput routed =

@@ -26,7 +26,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kOperation = "expert_permutation";
+constexpr const char* kExpertPermutation = "expert_permutation";
 constexpr double kScoreBound = 0.05;
 constexpr double kEntropyEpsilon = 1e-6;
 /// Apart from every key of a gate's parameters.
@@ -45,8 +45,8 @@ bool is_permutation(const int32_t* row, int64_t size) {
 Tensor best_assignment(const Tensor& relaxed) {
   const Tensor cost = relaxed.detach().to(at::kCPU, at::kDouble).neg().contiguous();
   if (!cost.isfinite().all().item<bool>()) {
-    throw Diverged(
-        {kOperation, "relaxed", "non-finite", "has no assignment: phi holds a NaN or an infinity"});
+    throw Diverged({kExpertPermutation, "relaxed", "non-finite",
+                    "has no assignment: phi holds a NaN or an infinity"});
   }
   const int64_t U = cost.size(0), E = cost.size(1);
   Tensor map = at::empty({U, E}, at::kInt);
@@ -100,7 +100,7 @@ void PermutationOptions::validate(const char* operation) const {
 }
 
 SinkhornSchedule sinkhorn_schedule(double rho) {
-  require(!std::isnan(rho), kOperation, "rho", rho, "is not a number in [0, 1]");
+  require(!std::isnan(rho), kExpertPermutation, "rho", rho, "is not a number in [0, 1]");
   const double at = std::clamp(rho, 0.0, 1.0);
   return {std::pow(10.0, -3.0 - 4.0 * at), static_cast<int64_t>(20.0 + 130.0 * at)};
 }
@@ -112,12 +112,12 @@ ExpertPermutation::ExpertPermutation(int64_t num_units, int64_t num_experts,
       num_units_(num_units),
       num_experts_(num_experts),
       options_(options) {
-  options.validate(kOperation);
-  require(options.search() != PermSearch::kNone, kOperation, "search", "none",
+  options.validate(kExpertPermutation);
+  require(options.search() != PermSearch::kNone, kExpertPermutation, "search", "none",
           "leaves nothing to permute; choose sinkhorn or swap");
-  require(num_units >= 1, kOperation, "num_units", num_units, "is below 1");
-  require(num_experts >= 1, kOperation, "num_experts", num_experts, "is below 1");
-  require_product({num_units, num_experts, num_experts}, kOperation,
+  require(num_units >= 1, kExpertPermutation, "num_units", num_units, "is below 1");
+  require(num_experts >= 1, kExpertPermutation, "num_experts", num_experts, "is below 1");
+  require_product({num_units, num_experts, num_experts}, kExpertPermutation,
                   "num_units*num_experts*num_experts");
   expert_map = register_buffer(
       "expert_map", at::arange(num_experts, at::kInt).repeat({num_units, 1}).contiguous());
@@ -199,7 +199,7 @@ void ExpertPermutation::after_step(const Tensor& now) {
     freeze();
     return;
   }
-  require(phi.defined() && now.sizes() == phi.sizes(), kOperation, "relaxed", describe(now),
+  require(phi.defined() && now.sizes() == phi.sizes(), kExpertPermutation, "relaxed", describe(now),
           "is not that of a forward of this layer");
   const at::NoGradGuard no_grad;
   expert_map.copy_(best_assignment(now));
@@ -218,13 +218,13 @@ uint64_t ExpertPermutation::hash() const {
 void ExpertPermutation::set_map(const Tensor& map) {
   require(map.defined() && at::isIntegralType(map.scalar_type(), /*includeBool=*/false) &&
               map.sizes() == expert_map.sizes(),
-          kOperation, "map", describe(map),
+          kExpertPermutation, "map", describe(map),
           "is not an integer table [num_units=" + to_text(num_units_) +
               ", num_experts=" + to_text(num_experts_) + "]");
   const Tensor rows = map.to(at::kCPU, at::kInt).contiguous();
   for (int64_t u = 0; u < num_units_; ++u) {
     require(is_permutation(rows.const_data_ptr<int32_t>() + u * num_experts_, num_experts_),
-            kOperation, "map.row", u, "is not a permutation of 0 .. num_experts-1");
+            kExpertPermutation, "map.row", u, "is not a permutation of 0 .. num_experts-1");
   }
   const at::NoGradGuard no_grad;
   expert_map.copy_(rows);

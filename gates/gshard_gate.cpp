@@ -25,7 +25,7 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kOperation = "gshard_gate";
+constexpr const char* kGShardGate = "gshard_gate";
 
 /// Weights [T, 2] over their sum.
 Tensor normalized(const Tensor& weights) {
@@ -49,15 +49,15 @@ GlobalLoss first_choice_loss(const Tensor& score_sum, const Tensor& first_choice
 }  // namespace
 
 GShardGate::GShardGate(const GShardGateOptions& options)
-    : Gate(kOperation, options.num_experts(), std::min<int64_t>(2, options.num_experts())),
+    : Gate(kGShardGate, options.num_experts(), std::min<int64_t>(2, options.num_experts())),
       options_(options) {
-  require_d_model(kOperation, options.d_model());
-  require_product({options.num_experts(), options.d_model()}, kOperation, "num_experts*d_model");
-  require(options.second_threshold() >= 0 && options.second_threshold() <= 1, kOperation,
+  require_d_model(kGShardGate, options.d_model());
+  require_product({options.num_experts(), options.d_model()}, kGShardGate, "num_experts*d_model");
+  require(options.second_threshold() >= 0 && options.second_threshold() <= 1, kGShardGate,
           "second_threshold", options.second_threshold(),
           "is outside [0, 1]; it is compared with p2 / (p1 + p2)");
-  require_coefficient(kOperation, "aux_loss_coeff", options.aux_loss_coeff());
-  require_coefficient(kOperation, "z_loss_coeff", options.z_loss_coeff());
+  require_coefficient(kGShardGate, "aux_loss_coeff", options.aux_loss_coeff());
+  require_coefficient(kGShardGate, "z_loss_coeff", options.z_loss_coeff());
   weight = register_parameter(
       "weight", router_weight(options.num_experts(), options.d_model(), options.seed(),
                               options.layer_id(), options.gate_id()));
@@ -71,7 +71,7 @@ Tensor GShardGate::sampled_second(const GateInput& input, const Tensor& scores,
   const kernels::RandomKey key = draw_key(options_.seed(), input.step, options_.layer_id(),
                                           options_.gate_id(), Draw::kSecondExpert);
   kernels::fill_uniform(uniform.mutable_data_ptr(), uniform.numel(), kernels::DType::kFloat64,
-                        0x1p-60, 1, kernels::skip(key, first), stream_of(uniform, kOperation));
+                        0x1p-60, 1, kernels::skip(key, first), stream_of(uniform, kGShardGate));
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   const Tensor perturbed = scores.detach()
                                .to(at::kDouble)
@@ -97,7 +97,7 @@ Tensor GShardGate::is_second_kept(const GateInput& input, const Tensor& second_s
                                                 options_.gate_id(), Draw::kSecondKept);
         kernels::fill_uniform(uniform.mutable_data_ptr(), uniform.numel(), kernels::DType::kFloat64,
                               0, 1, kernels::skip(key, static_cast<uint64_t>(input.first_token)),
-                              stream_of(uniform, kOperation));
+                              stream_of(uniform, kGShardGate));
         return uniform.mul(options_.second_threshold()).lt(second_share.to(at::kDouble));
       }
       [[fallthrough]];
@@ -108,8 +108,8 @@ Tensor GShardGate::is_second_kept(const GateInput& input, const Tensor& second_s
 }
 
 GateOutput GShardGate::forward(const GateInput& input) {
-  require_shape(weight, {num_experts(), options_.d_model()}, kOperation, "weight");
-  require_input(input, weight, kOperation);
+  require_shape(weight, {num_experts(), options_.d_model()}, kGShardGate, "weight");
+  require_input(input, weight, kGShardGate);
   const Tensor valid = input.valid.value_or(Tensor());
   const int64_t T = input.tokens.size(0);
   const bool has_second = top_k() == 2;

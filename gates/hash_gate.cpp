@@ -14,24 +14,24 @@
 namespace perseid::gates {
 namespace {
 
-constexpr const char* kOperation = "hash_gate";
+constexpr const char* kHashGate = "hash_gate";
 
 /// A copy of the caller's table as int32, so that it cannot change behind the gate.
 at::Tensor checked_table(const HashGateOptions& options) {
   const at::Tensor& table = options.table();
-  require(table.defined(), kOperation, "table", "undefined",
+  require(table.defined(), kHashGate, "table", "undefined",
           "is needed with mode=table; give the expert of each key");
   require(table.dim() == 1 && table.numel() > 0 &&
               at::isIntegralType(table.scalar_type(), /*includeBool=*/false),
-          kOperation, "table", describe(table), "is not an integer [V] tensor with V >= 1");
-  require(!table.is_meta(), kOperation, "table.device", table.device(),
+          kHashGate, "table", describe(table), "is not an integer [V] tensor with V >= 1");
+  require(!table.is_meta(), kHashGate, "table.device", table.device(),
           "holds no data; move it to the CPU");
   const at::Tensor experts = table.cpu().to(at::kLong).contiguous();
   const int64_t* expert = experts.const_data_ptr<int64_t>();
   for (int64_t key = 0; key < experts.numel(); ++key) {
     if (expert[key] >= 0 && expert[key] < options.num_experts()) continue;
     const std::string argument = "table[" + to_text(key) + "]";
-    require(false, kOperation, argument.c_str(), expert[key],
+    require(false, kHashGate, argument.c_str(), expert[key],
             "is outside [0, num_experts=" + to_text(options.num_experts()) + ")");
   }
   return experts.to(at::kInt);
@@ -39,7 +39,7 @@ at::Tensor checked_table(const HashGateOptions& options) {
 
 int64_t checked_num_hashes(const HashGateOptions& options) {
   const int64_t n = options.num_hashes(), E = options.num_experts();
-  require(E < 1 || (n >= 1 && n <= E), kOperation, "num_hashes", n,
+  require(E < 1 || (n >= 1 && n <= E), kHashGate, "num_hashes", n,
           "is outside [1, num_experts=" + to_text(E) + "]: the experts of a token are distinct");
   return n;
 }
@@ -47,11 +47,11 @@ int64_t checked_num_hashes(const HashGateOptions& options) {
 }  // namespace
 
 HashGate::HashGate(const HashGateOptions& options)
-    : Gate(kOperation, options.num_experts(), checked_num_hashes(options)), options_(options) {
+    : Gate(kHashGate, options.num_experts(), checked_num_hashes(options)), options_(options) {
   if (options.mode() == HashMode::kTable) {
     table_ = register_buffer("table", checked_table(options));
   } else {
-    require(!options.table().defined(), kOperation, "table", describe(options.table()),
+    require(!options.table().defined(), kHashGate, "table", describe(options.table()),
             "is given, but mode=random does not read it; choose mode=table");
   }
 }
@@ -80,7 +80,7 @@ at::Tensor HashGate::first_experts(const GateInput& input, const at::Tensor& key
                (!valid.defined() || valid.const_data_ptr<bool>()[t])) {
       const std::string argument = "keys[" + to_text(t) + "]";
       throw DataError(
-          {kOperation, argument, to_text(key[t]),
+          {kHashGate, argument, to_text(key[t]),
            "is outside the table [0, " + to_text(V) + "); choose oov=hash or extend it"});
     }
   }
@@ -111,9 +111,9 @@ at::Tensor HashGate::with_more_experts(const at::Tensor& first, const at::Tensor
 }
 
 GateOutput HashGate::forward(const GateInput& input) {
-  validate(input, -1, kOperation);
-  stream_of(input.tokens, kOperation);
-  require(input.keys.has_value(), kOperation, "keys", "none",
+  validate(input, -1, kHashGate);
+  stream_of(input.tokens, kHashGate);
+  require(input.keys.has_value(), kHashGate, "keys", "none",
           "are needed: features are never hashed; give an int64 key for each token");
   const at::Tensor keys = input.keys->cpu().contiguous();
   const at::Tensor experts = with_more_experts(first_experts(input, keys), keys);

@@ -14,16 +14,11 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kOperation = "linear_product";
+constexpr const char* kLinearProduct = "linear_product";
 
 kernels::DType features_type(const Tensor& tensor) {
   return tensor.scalar_type() == at::kBFloat16 ? kernels::DType::kBFloat16
                                                : kernel_type(tensor.scalar_type());
-}
-
-/// Rows of tokens that are not valid may hold anything, and 0 * NaN is not 0.
-Tensor clean_rows(const Tensor& rows, const Tensor& valid) {
-  return valid.defined() ? rows.masked_fill(valid.logical_not().unsqueeze(1), 0) : rows;
 }
 
 LinearGradients device_backward(const Tensor& features, const Tensor& weight, const Tensor& valid,
@@ -44,6 +39,10 @@ LinearGradients device_backward(const Tensor& features, const Tensor& weight, co
 
 }  // namespace
 
+Tensor clean_rows(const Tensor& rows, const Tensor& valid) {
+  return valid.defined() ? rows.masked_fill(valid.logical_not().unsqueeze(1), 0) : rows;
+}
+
 Tensor linear_product(const Tensor& features, const Tensor& weight, const Tensor& bias) {
   if (is_on_device(features)) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -54,7 +53,7 @@ Tensor linear_product(const Tensor& features, const Tensor& weight, const Tensor
   kernels::router_linear({features.size(0), weight.size(0), features.size(1)},
                          kernel_type(weight.scalar_type()), features_type(features),
                          features.const_data_ptr(), weight.const_data_ptr(), data_or_null(bias),
-                         logits.mutable_data_ptr(), stream_of(features, kOperation));
+                         logits.mutable_data_ptr(), stream_of(features, kLinearProduct));
   return logits;
 }
 
@@ -80,7 +79,7 @@ LinearGradients linear_product_backward(const Tensor& features, const Tensor& we
       features_type(features.defined() ? features : grad), data_or_null(features),
       data_or_null(weight), static_cast<const uint8_t*>(data_or_null(valid)), grad.const_data_ptr(),
       target(result.features), target(result.weight), target(result.bias),
-      stream_of(grad, kOperation));
+      stream_of(grad, kLinearProduct));
   return result;
 }
 

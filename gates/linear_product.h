@@ -14,6 +14,10 @@ namespace perseid::gates {
 at::Tensor linear_product(const at::Tensor& features, const at::Tensor& weight,
                           const at::Tensor& bias);
 
+/// Zeros for tokens that are not valid, whose rows may hold anything: 0 * NaN is not 0.
+/// @param valid  [T] bool or undefined: all are
+at::Tensor clean_rows(const at::Tensor& rows, const at::Tensor& valid);
+
 struct LinearWanted {
   bool features = false, weight = false, bias = false;
 };

@@ -48,7 +48,7 @@ void save_options(AutogradContext& ctx, const LinearRouterOptions& options) {
   ctx.saved_data["score_shares"] = options.score_shares;
 }
 
-LinearRouterOptions saved_options(AutogradContext& ctx) {
+LinearRouterOptions saved_router_options(AutogradContext& ctx) {
   LinearRouterOptions options;
   options.scores.score_function =
       static_cast<kernels::ScoreFunction>(ctx.saved_data["score_function"].toInt());
@@ -104,17 +104,12 @@ struct LinearRouter : torch::autograd::Function<LinearRouter> {
     const Operands operands = read_operands(saved[0], saved[1]);
     const Tensor logits = form_logits(operands, or_undefined(saved[2]));
     const Tensor grad_logits =
-        route_logits_backward(logits, valid, saved[4], saved_options(*ctx), gradients);
+        route_logits_backward(logits, valid, saved[4], saved_router_options(*ctx), gradients);
     variable_list results = linear_backward(*ctx, saved, operands, valid, grad_logits);
     results.resize(6);  // nothing for valid, expert_bias and options
     return results;
   }
 };
-
-/// Rows of tokens that are not valid may hold anything, and 0 * NaN is not 0.
-Tensor clean_rows(const Tensor& rows, const Tensor& valid) {
-  return valid.defined() ? rows.masked_fill(valid.logical_not().unsqueeze(1), 0) : rows;
-}
 
 struct LinearLogits : torch::autograd::Function<LinearLogits> {
   static Tensor forward(AutogradContext* ctx, const Tensor& features, const Tensor& weight,
@@ -151,8 +146,8 @@ struct LogitRouter : torch::autograd::Function<LogitRouter> {
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     require_first_derivative();
     const variable_list saved = ctx->get_saved_variables();
-    return {route_logits_backward(saved[0], or_undefined(saved[1]), saved[2], saved_options(*ctx),
-                                  gradients),
+    return {route_logits_backward(saved[0], or_undefined(saved[1]), saved[2],
+                                  saved_router_options(*ctx), gradients),
             Tensor(), Tensor()};
   }
 };

@@ -21,19 +21,20 @@
 namespace perseid::gates {
 namespace {
 
-constexpr const char* kOperation = "noisy_top_k_gate";
+constexpr const char* kNoisyTopKGate = "noisy_top_k_gate";
 
 void validate(const NoisyTopKGateOptions& options) {
-  require_d_model(kOperation, options.d_model());
-  require_product({options.num_experts(), options.d_model()}, kOperation, "num_experts*d_model");
-  require(std::isfinite(options.noise_epsilon()) && options.noise_epsilon() > 0, kOperation,
+  require_d_model(kNoisyTopKGate, options.d_model());
+  require_product({options.num_experts(), options.d_model()}, kNoisyTopKGate,
+                  "num_experts*d_model");
+  require(std::isfinite(options.noise_epsilon()) && options.noise_epsilon() > 0, kNoisyTopKGate,
           "noise_epsilon", options.noise_epsilon(),
           "is not a finite number above 0; load divides by the noise, 1e-2 is usual");
-  require(std::isfinite(options.noise_std()) && options.noise_std() > 0, kOperation, "noise_std",
-          options.noise_std(),
+  require(std::isfinite(options.noise_std()) && options.noise_std() > 0, kNoisyTopKGate,
+          "noise_std", options.noise_std(),
           "is not a finite number above 0; load divides by the noise, 1 is usual");
-  require_coefficient(kOperation, "importance_coeff", options.importance_coeff());
-  require_coefficient(kOperation, "load_coeff", options.load_coeff());
+  require_coefficient(kNoisyTopKGate, "importance_coeff", options.importance_coeff());
+  require_coefficient(kNoisyTopKGate, "load_coeff", options.load_coeff());
 }
 
 at::Tensor normal_cdf(const at::Tensor& x) { return at::erfc(x.mul(-std::sqrt(0.5))).mul(0.5); }
@@ -41,7 +42,7 @@ at::Tensor normal_cdf(const at::Tensor& x) { return at::erfc(x.mul(-std::sqrt(0.
 }  // namespace
 
 NoisyTopKGate::NoisyTopKGate(const NoisyTopKGateOptions& options)
-    : Gate(kOperation, options.num_experts(), options.top_k()), options_(options) {
+    : Gate(kNoisyTopKGate, options.num_experts(), options.top_k()), options_(options) {
   validate(options);
   const auto zeros = [&] {
     return at::zeros({options.num_experts(), options.d_model()}, at::kFloat);
@@ -66,7 +67,7 @@ NoisyTopKGate::Logits NoisyTopKGate::logits_of(const GateInput& input) const {
   kernels::fill_normal(
       noise.mutable_data_ptr(), noise.numel(),
       noise.scalar_type() == at::kDouble ? kernels::DType::kFloat64 : kernels::DType::kFloat32, key,
-      first, stream_of(noise, kOperation));
+      first, stream_of(noise, kNoisyTopKGate));
   if (options_.noise() == RouterNoise::kLearned) {
     logits.sigma = at::softplus(linear_logits(features, noise_weight, {}, valid))
                        .add(options_.noise_epsilon());
@@ -102,11 +103,11 @@ at::Tensor NoisyTopKGate::load_of(const Logits& logits, const GateInput& input) 
 }
 
 GateOutput NoisyTopKGate::forward(const GateInput& input) {
-  require_shape(weight, {num_experts(), options_.d_model()}, kOperation, "weight");
+  require_shape(weight, {num_experts(), options_.d_model()}, kNoisyTopKGate, "weight");
   if (options_.noise() == RouterNoise::kLearned) {
-    require_shape(noise_weight, weight.sizes(), kOperation, "noise_weight");
+    require_shape(noise_weight, weight.sizes(), kNoisyTopKGate, "noise_weight");
   }
-  require_input(input, weight, kOperation);
+  require_input(input, weight, kNoisyTopKGate);
   const at::Tensor valid = input.valid.value_or(at::Tensor());
   const Logits logits = logits_of(input);
   const bool is_fixed = options_.noise() == RouterNoise::kFixed;

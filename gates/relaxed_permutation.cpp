@@ -17,7 +17,7 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOperation = "relaxed_permutation";
+constexpr const char* kRelaxedPermutation = "relaxed_permutation";
 
 struct RelaxedPermutation : torch::autograd::Function<RelaxedPermutation> {
   static Tensor forward(AutogradContext* ctx, const Tensor& scores, double temperature,
@@ -29,14 +29,15 @@ struct RelaxedPermutation : torch::autograd::Function<RelaxedPermutation> {
     kernels::doubly_stochastic({scores.size(0), scores.size(1)}, {temperature, iterations},
                                kernel_type(scores.scalar_type()), scores.const_data_ptr(),
                                relaxed.mutable_data_ptr(), rows.mutable_data_ptr<double>(),
-                               columns.mutable_data_ptr<double>(), stream_of(scores, kOperation));
+                               columns.mutable_data_ptr<double>(),
+                               stream_of(scores, kRelaxedPermutation));
     ctx->save_for_backward({scores, rows, columns});
     ctx->saved_data["temperature"] = temperature;
     return relaxed;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    require(!c10::GradMode::is_enabled(), kOperation, "create_graph", true,
+    require(!c10::GradMode::is_enabled(), kRelaxedPermutation, "create_graph", true,
             "is not supported: the relaxation has no second derivative");
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &scores = saved[0], &rows = saved[1], &columns = saved[2];
@@ -46,7 +47,7 @@ struct RelaxedPermutation : torch::autograd::Function<RelaxedPermutation> {
         {scores.size(0), scores.size(1)}, {ctx->saved_data["temperature"].toDouble(), rows.size(1)},
         kernel_type(scores.scalar_type()), scores.const_data_ptr(), rows.const_data_ptr<double>(),
         columns.const_data_ptr<double>(), grad.const_data_ptr(), grad_scores.mutable_data_ptr(),
-        stream_of(scores, kOperation));
+        stream_of(scores, kRelaxedPermutation));
     return {grad_scores, Tensor(), Tensor()};
   }
 };

@@ -14,19 +14,19 @@
 namespace perseid::gates {
 namespace {
 
-constexpr const char* kOperation = "remoe_gate";
+constexpr const char* kReMoEGate = "remoe_gate";
 constexpr double kCoeffMin = 1e-12, kCoeffMax = 1e2;
 
 }  // namespace
 
 ReMoEGate::ReMoEGate(const ReMoEGateOptions& options)
-    : Gate(kOperation, options.num_experts(), options.top_k()), options_(options) {
-  require_d_model(kOperation, options.d_model());
-  require_product({options.num_experts(), options.d_model()}, kOperation, "num_experts*d_model");
+    : Gate(kReMoEGate, options.num_experts(), options.top_k()), options_(options) {
+  require_d_model(kReMoEGate, options.d_model());
+  require_product({options.num_experts(), options.d_model()}, kReMoEGate, "num_experts*d_model");
   require(options.l1_coeff_start() >= kCoeffMin && options.l1_coeff_start() <= kCoeffMax,
-          kOperation, "l1_coeff_start", options.l1_coeff_start(),
+          kReMoEGate, "l1_coeff_start", options.l1_coeff_start(),
           "is outside [1e-12, 100], the range of the coefficient");
-  require(std::isfinite(options.l1_coeff_factor()) && options.l1_coeff_factor() > 1, kOperation,
+  require(std::isfinite(options.l1_coeff_factor()) && options.l1_coeff_factor() > 1, kReMoEGate,
           "l1_coeff_factor", options.l1_coeff_factor(),
           "is not a finite number above 1; 1.2 is usual");
   weight = register_parameter(
@@ -44,7 +44,7 @@ void ReMoEGate::to(at::ScalarType dtype, bool non_blocking) {
 
 void ReMoEGate::after_step(const GateStats& global_stats) {
   if (global_stats.num_tokens == 0) return;
-  require(global_stats.num_tokens > 0 && global_stats.num_assignments >= 0, kOperation,
+  require(global_stats.num_tokens > 0 && global_stats.num_assignments >= 0, kReMoEGate,
           "num_assignments", global_stats.num_assignments,
           "of num_tokens=" + to_text(global_stats.num_tokens) +
               " tokens is no statistic; pass those of a forward");
@@ -54,8 +54,8 @@ void ReMoEGate::after_step(const GateStats& global_stats) {
 }
 
 GateOutput ReMoEGate::forward(const GateInput& input) {
-  require_shape(weight, {num_experts(), options_.d_model()}, kOperation, "weight");
-  require_input(input, weight, kOperation);
+  require_shape(weight, {num_experts(), options_.d_model()}, kReMoEGate, "weight");
+  require_input(input, weight, kReMoEGate);
   const at::Tensor features = router_features(input, options_.input_norm(), weight);
   const at::Tensor logits = linear_logits(features, weight, {}, input.valid.value_or(at::Tensor()));
   const at::Tensor weights = at::relu(logits);  // rows that are not valid are 0: no pair

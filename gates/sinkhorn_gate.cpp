@@ -18,18 +18,18 @@ namespace {
 
 using at::Tensor;
 
-constexpr const char* kOperation = "sinkhorn_gate";
+constexpr const char* kSinkhornGate = "sinkhorn_gate";
 
 }  // namespace
 
 SinkhornGate::SinkhornGate(const SinkhornGateOptions& options)
-    : Gate(kOperation, options.num_experts(), options.top_k()), options_(options) {
-  require_d_model(kOperation, options.d_model());
-  require_group_size(kOperation, options.group_size());
-  require(options.max_iterations() >= 1, kOperation, "max_iterations", options.max_iterations(),
+    : Gate(kSinkhornGate, options.num_experts(), options.top_k()), options_(options) {
+  require_d_model(kSinkhornGate, options.d_model());
+  require_group_size(kSinkhornGate, options.group_size());
+  require(options.max_iterations() >= 1, kSinkhornGate, "max_iterations", options.max_iterations(),
           "is below 1; 50 is usual");
-  require(std::isfinite(options.tolerance()) && options.tolerance() >= 0, kOperation, "tolerance",
-          options.tolerance(), "is not a finite number from 0 on; 1e-4 is usual");
+  require(std::isfinite(options.tolerance()) && options.tolerance() >= 0, kSinkhornGate,
+          "tolerance", options.tolerance(), "is not a finite number from 0 on; 1e-4 is usual");
   weight = register_parameter(
       "weight", router_weight(options.num_experts(), options.d_model(), options.seed(),
                               options.layer_id(), options.gate_id()));
@@ -47,15 +47,15 @@ Tensor SinkhornGate::balanced_logits(const Tensor& logits,
     kernels::sinkhorn({rows.size(0), num_experts()},
                       {options_.max_iterations(), options_.tolerance()},
                       kernel_type(rows.scalar_type()), rows.const_data_ptr(),
-                      log_d1.mutable_data_ptr<double>(), stream_of(rows, kOperation));
+                      log_d1.mutable_data_ptr<double>(), stream_of(rows, kSinkhornGate));
     result.index_add_(0, group, log_d1.to(logits.scalar_type()).expand({group.size(0), -1}));
   }
   return result;
 }
 
 GateOutput SinkhornGate::forward(const GateInput& input) {
-  require_input(input, weight, kOperation);
-  const auto groups = token_groups(input, options_.group_size(), kOperation);
+  require_input(input, weight, kSinkhornGate);
+  const auto groups = token_groups(input, options_.group_size(), kSinkhornGate);
   const Tensor valid = input.valid.value_or(Tensor());
   const Tensor logits =
       linear_logits(router_features(input, options_.input_norm(), weight), weight, {}, valid);

@@ -21,7 +21,7 @@ using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOperation = "statistical_top_k_gate";
+constexpr const char* kStatisticalTopKGate = "statistical_top_k_gate";
 
 // Inputs: logits [T, E], valid, K, options, count of tokens that are not finite. Output: weights.
 struct Threshold : torch::autograd::Function<Threshold> {
@@ -33,7 +33,7 @@ struct Threshold : torch::autograd::Function<Threshold> {
         {logits.size(0), logits.size(1), top_k}, options, kernel_type(logits.scalar_type()),
         logits.const_data_ptr(), static_cast<const uint8_t*>(data_or_null(or_undefined(valid))),
         weights.mutable_data_ptr(), non_finite_tokens.mutable_data_ptr<int64_t>(),
-        stream_of(logits, kOperation));
+        stream_of(logits, kStatisticalTopKGate));
     ctx->save_for_backward({logits, valid, weights});
     ctx->saved_data["top_k"] = top_k;
     ctx->saved_data["unbiased"] = options.unbiased;
@@ -44,7 +44,7 @@ struct Threshold : torch::autograd::Function<Threshold> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
-    require(!c10::GradMode::is_enabled(), kOperation, "create_graph", true,
+    require(!c10::GradMode::is_enabled(), kStatisticalTopKGate, "create_graph", true,
             "is not supported: the gate has no second derivative");
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &logits = saved[0], &weights = saved[2];
@@ -59,7 +59,7 @@ struct Threshold : torch::autograd::Function<Threshold> {
         kernel_type(logits.scalar_type()), logits.const_data_ptr(),
         static_cast<const uint8_t*>(data_or_null(or_undefined(saved[1]))), weights.const_data_ptr(),
         dense_gradient(gradients[0], logits.scalar_type()).const_data_ptr(),
-        grad_logits.mutable_data_ptr(), stream_of(logits, kOperation));
+        grad_logits.mutable_data_ptr(), stream_of(logits, kStatisticalTopKGate));
     return {grad_logits, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
@@ -67,18 +67,18 @@ struct Threshold : torch::autograd::Function<Threshold> {
 }  // namespace
 
 StatisticalTopKGate::StatisticalTopKGate(const StatisticalTopKGateOptions& options)
-    : Gate(kOperation, options.num_experts(), options.top_k()), options_(options) {
+    : Gate(kStatisticalTopKGate, options.num_experts(), options.top_k()), options_(options) {
   const int64_t E = options.num_experts(), K = options.top_k();
-  require_d_model(kOperation, options.d_model());
-  require(K < E || E == 1, kOperation, "top_k", K,
+  require_d_model(kStatisticalTopKGate, options.d_model());
+  require(K < E || E == 1, kStatisticalTopKGate, "top_k", K,
           "is num_experts, and no threshold lets all experts pass; choose top_k in [1, " +
               to_text(E - 1) + "], or DenseGate");
-  require(options.min_experts() == 0 || options.min_experts() == 1, kOperation, "min_experts",
-          options.min_experts(),
+  require(options.min_experts() == 0 || options.min_experts() == 1, kStatisticalTopKGate,
+          "min_experts", options.min_experts(),
           "is neither 0, for tokens without expert, nor 1, for the largest logit");
-  require(options.cap() >= 0, kOperation, "cap", options.cap(),
+  require(options.cap() >= 0, kStatisticalTopKGate, "cap", options.cap(),
           "is negative; choose the most experts of a token, or 0 for no bound");
-  require_coefficient(kOperation, "balance_coeff", options.balance_coeff());
+  require_coefficient(kStatisticalTopKGate, "balance_coeff", options.balance_coeff());
   if (E == 1) return;
   weight = register_parameter("weight", router_weight(E, options.d_model(), options.seed(),
                                                       options.layer_id(), options.gate_id()));
@@ -87,11 +87,11 @@ StatisticalTopKGate::StatisticalTopKGate(const StatisticalTopKGateOptions& optio
 GateOutput StatisticalTopKGate::forward(const GateInput& input) {
   GateOutput output;
   if (num_experts() == 1) {
-    gates::validate(input, options_.d_model(), kOperation);
+    gates::validate(input, options_.d_model(), kStatisticalTopKGate);
     output = one_expert_per_token(
         input, at::zeros({input.tokens.size(0)}, input.tokens.options().dtype(at::kInt)), 1);
   } else {
-    require_input(input, weight, kOperation);
+    require_input(input, weight, kStatisticalTopKGate);
     const Tensor valid = input.valid.value_or(Tensor());
     const Tensor logits =
         linear_logits(router_features(input, options_.input_norm(), weight), weight, {}, valid);

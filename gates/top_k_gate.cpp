@@ -22,37 +22,37 @@
 namespace perseid::gates {
 namespace {
 
-constexpr const char* kOperation = "top_k_gate";
+constexpr const char* kTopKGate = "top_k_gate";
 
 void validate_groups(const TopKGateOptions& options) {
   const int64_t E = options.num_experts(), G = options.num_groups();
   const int64_t topk_groups = options.topk_groups();
-  require(G >= 1 && E % G == 0, kOperation, "num_groups", G,
+  require(G >= 1 && E % G == 0, kTopKGate, "num_groups", G,
           "does not divide num_experts=" + to_text(E) + " into equal groups");
-  require(topk_groups >= 1 && topk_groups <= G, kOperation, "topk_groups", topk_groups,
+  require(topk_groups >= 1 && topk_groups <= G, kTopKGate, "topk_groups", topk_groups,
           "is outside [1, num_groups=" + to_text(G) + "]");
-  require(options.top_k() <= topk_groups * (E / G), kOperation, "top_k", options.top_k(),
+  require(options.top_k() <= topk_groups * (E / G), kTopKGate, "top_k", options.top_k(),
           "exceeds the " + to_text(topk_groups * (E / G)) +
               " experts of topk_groups=" + to_text(topk_groups) + " groups; use more groups");
   const bool is_max = options.score_function() == kernels::ScoreFunction::kSoftmax &&
                       options.bias_update_rate() == 0;
-  require(G == 1 || is_max || E / G >= 2, kOperation, "num_groups", G,
+  require(G == 1 || is_max || E / G >= 2, kTopKGate, "num_groups", G,
           "leaves 1 expert in a group, but the two best rank it; choose at most " + to_text(E / 2));
 }
 
 void validate(const TopKGateOptions& options) {
-  require_d_model(kOperation, options.d_model());
-  require_product({options.num_experts(), options.d_model()}, kOperation, "num_experts*d_model");
-  require(std::isfinite(options.route_scale()) && options.route_scale() > 0, kOperation,
+  require_d_model(kTopKGate, options.d_model());
+  require_product({options.num_experts(), options.d_model()}, kTopKGate, "num_experts*d_model");
+  require(std::isfinite(options.route_scale()) && options.route_scale() > 0, kTopKGate,
           "route_scale", options.route_scale(),
           "is not a finite number above 0; choose 1 for weights that are not scaled");
-  require_coefficient(kOperation, "aux_loss_coeff", options.aux_loss_coeff());
-  require_coefficient(kOperation, "z_loss_coeff", options.z_loss_coeff());
-  require_coefficient(kOperation, "balance_coeff", options.balance_coeff());
-  require(std::isfinite(options.bias_update_rate()) && options.bias_update_rate() >= 0, kOperation,
+  require_coefficient(kTopKGate, "aux_loss_coeff", options.aux_loss_coeff());
+  require_coefficient(kTopKGate, "z_loss_coeff", options.z_loss_coeff());
+  require_coefficient(kTopKGate, "balance_coeff", options.balance_coeff());
+  require(std::isfinite(options.bias_update_rate()) && options.bias_update_rate() >= 0, kTopKGate,
           "bias_update_rate", options.bias_update_rate(),
           "is not a finite number from 0 on; choose 0 to route without expert_bias");
-  require(options.jitter_eps() >= 0 && options.jitter_eps() < 1, kOperation, "jitter_eps",
+  require(options.jitter_eps() >= 0 && options.jitter_eps() < 1, kTopKGate, "jitter_eps",
           options.jitter_eps(), "is outside [0, 1); choose 0 to switch jitter off");
   validate_groups(options);
 }
@@ -65,7 +65,7 @@ bool normalizes_selection(const TopKGateOptions& options) {
 }  // namespace
 
 TopKGate::TopKGate(const TopKGateOptions& options)
-    : Gate(kOperation, options.num_experts(), options.top_k()), options_(options) {
+    : Gate(kTopKGate, options.num_experts(), options.top_k()), options_(options) {
   validate(options);
   if (options.top_k() == 1 && options.num_experts() > 1 && normalizes_selection(options)) {
     TORCH_WARN_ONCE(
@@ -94,8 +94,8 @@ void TopKGate::to(at::ScalarType dtype, bool non_blocking) {
 void TopKGate::after_step(const GateStats& global_stats) {
   if (!expert_bias.defined()) return;
   const at::Tensor& counts = global_stats.tokens_per_expert;
-  require(counts.defined() && counts.sizes() == expert_bias.sizes(), kOperation,
-          "tokens_per_expert", describe(counts),
+  require(counts.defined() && counts.sizes() == expert_bias.sizes(), kTopKGate, "tokens_per_expert",
+          describe(counts),
           "is not [num_experts=" + to_text(num_experts()) + "]; pass statistics of this gate");
   // mean - count in whole numbers: balanced counts leave the bias as it is.
   const at::Tensor lack = counts.sum().sub(counts.mul(num_experts())).sign();
@@ -117,17 +117,17 @@ at::Tensor TopKGate::features_of(const GateInput& input) const {
     kernels::fill_uniform(factor.mutable_data_ptr(), factor.numel(), kernels::DType::kFloat32,
                           1 - options_.jitter_eps(), 1 + options_.jitter_eps(),
                           kernels::skip(key, static_cast<uint64_t>(first)),
-                          stream_of(factor, kOperation));
+                          stream_of(factor, kTopKGate));
     features = features.to(type).mul(factor);
   }
   return gate_features(features, options_.input_norm(), type);
 }
 
 GateOutput TopKGate::forward(const GateInput& input) {
-  require_shape(weight, {num_experts(), options_.d_model()}, kOperation, "weight");
-  if (bias.defined()) require_shape(bias, {num_experts()}, kOperation, "bias");
-  if (expert_bias.defined()) require_shape(expert_bias, {num_experts()}, kOperation, "expert_bias");
-  require_input(input, weight, kOperation);
+  require_shape(weight, {num_experts(), options_.d_model()}, kTopKGate, "weight");
+  if (bias.defined()) require_shape(bias, {num_experts()}, kTopKGate, "bias");
+  if (expert_bias.defined()) require_shape(expert_bias, {num_experts()}, kTopKGate, "expert_bias");
+  require_input(input, weight, kTopKGate);
   LinearRouterOptions router;
   router.scores.score_function = options_.score_function();
   router.scores.normalize = normalizes_selection(options_);
@@ -137,7 +137,7 @@ GateOutput TopKGate::forward(const GateInput& input) {
   router.top_k = options_.top_k();
   const bool by_sequence =
       options_.aux_loss_coeff() > 0 && options_.aux_scope() == AuxScope::kSequence;
-  require(!by_sequence || input.sequence.has_value(), kOperation, "sequence", "none",
+  require(!by_sequence || input.sequence.has_value(), kTopKGate, "sequence", "none",
           "is needed with aux_scope=sequence; give the int64 sequence number of each token");
   router.score_shares = by_sequence;
   router.score_sum = options_.aux_loss_coeff() > 0 && !by_sequence;

@@ -36,7 +36,7 @@ struct PlanHolder : torch::CustomClassHolder {
 void keep(AutogradContext* ctx, const PlanPtr& plan) {
   ctx->saved_data["plan"] = c10::IValue::make_capsule(c10::make_intrusive<PlanHolder>(plan));
 }
-PlanPtr kept(AutogradContext* ctx) {
+PlanPtr kept_plan(AutogradContext* ctx) {
   return c10::static_intrusive_pointer_cast<PlanHolder>(ctx->saved_data["plan"].toCapsule())->plan;
 }
 
@@ -81,7 +81,7 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     const MlpGradients gradients = mlp_backward(
         grads[0].contiguous(), saved[kRows], saved[kWeights],
         {saved[kUp], or_undefined(saved[kUpBias]), saved[kDown], or_undefined(saved[kDownBias])},
-        saved[kDownBias + 1], kind, kept(ctx)->local, wanted);
+        saved[kDownBias + 1], kind, kept_plan(ctx)->local, wanted);
     return {gradients.rows, gradients.weights,   gradients.up, gradients.up_bias,
             gradients.down, gradients.down_bias, {},           {}};
   }
@@ -120,7 +120,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &rows = saved[kRows], &weights = saved[kWeights], &matrix = saved[kMatrix];
     const at::Tensor bias = or_undefined(saved[kBias]);
-    const PlanPtr plan = kept(ctx);
+    const PlanPtr plan = kept_plan(ctx);
     const LocalPlan& local = plan->local;
     const bool wants_rows = ctx->needs_input_grad(kRows);
     const at::Tensor grad_out = grads[0].contiguous();

@@ -13,8 +13,6 @@
 namespace perseid {
 namespace {
 
-constexpr const char* kName = "moe_layer";
-
 bool is_table(const at::Tensor& tensor, at::IntArrayRef sizes, at::ScalarType type,
               at::Device device) {
   return tensor.defined() && tensor.sizes() == sizes && tensor.scalar_type() == type &&
@@ -26,17 +24,17 @@ at::Device device_of_counts(const gates::GateStats& stats) {
 }
 
 void check_tokens(const at::Tensor& tokens, const Experts& experts) {
-  require(tokens.defined() && tokens.dim() == 2, kName, "tokens.dim",
+  require(tokens.defined() && tokens.dim() == 2, kMoELayer, "tokens.dim",
           tokens.defined() ? tokens.dim() : -1, "is not 2; pass [tokens, d_model]");
-  require(tokens.size(1) == experts.d_in(), kName, "tokens.width", tokens.size(1),
+  require(tokens.size(1) == experts.d_in(), kMoELayer, "tokens.width", tokens.size(1),
           "differs from d_in=" + to_text(experts.d_in()) + " of the experts");
-  gates::stream_of(tokens, kName);  // throws for devices without kernels
-  require(tokens.layout() == at::kStrided, kName, "tokens.layout", tokens.layout(),
+  gates::stream_of(tokens, kMoELayer);  // throws for devices without kernels
+  require(tokens.layout() == at::kStrided, kMoELayer, "tokens.layout", tokens.layout(),
           "is not Strided; call to_dense()");
-  dtype_of(tokens, kName);
+  dtype_of(tokens, kMoELayer);
   const auto parameters = experts.parameters();
   if (parameters.empty()) return;
-  require(parameters.front().scalar_type() == tokens.scalar_type(), kName, "tokens.dtype",
+  require(parameters.front().scalar_type() == tokens.scalar_type(), kMoELayer, "tokens.dtype",
           c10::toString(tokens.scalar_type()),
           std::string("differs from the experts' ") +
               c10::toString(parameters.front().scalar_type()) +
@@ -50,9 +48,9 @@ void check_layer_input(const MoEInput& input, const Experts& experts, int64_t nu
   check_tokens(input.tokens, experts);
   if (input.features) {
     const at::Tensor& features = *input.features;
-    require(features.defined() && features.dim() == 2, kName, "features.dim",
+    require(features.defined() && features.dim() == 2, kMoELayer, "features.dim",
             features.defined() ? features.dim() : -1, "is not 2; pass [tokens, width]");
-    require(features.size(0) == input.tokens.size(0), kName, "features.rows", features.size(0),
+    require(features.size(0) == input.tokens.size(0), kMoELayer, "features.rows", features.size(0),
             "differs from " + to_text(input.tokens.size(0)) + " tokens");
   }
   if (input.earlier) check_stats(*input.earlier, num_experts, num_gates, "earlier");
@@ -91,7 +89,7 @@ void check_gate_output(const gates::GateOutput& output, int64_t num_tokens, cons
   if (!residual.defined()) return;
   require(residual.sizes() == at::IntArrayRef({num_tokens}), name, "residual_weight",
           gates::describe(residual), "is not [num_tokens=" + to_text(num_tokens) + "]");
-  require(experts.d_in() == experts.d_out(), kName, "d_out", experts.d_out(),
+  require(experts.d_in() == experts.d_out(), kMoELayer, "d_out", experts.d_out(),
           "differs from d_in=" + to_text(experts.d_in()) +
               ", but this gate adds the token to the output");
 }
@@ -111,7 +109,7 @@ void warn_of_capacity(const gates::Gate& gate, const gates::GateStats& stats,
 
 void check_expert_output(const at::Tensor& output, int64_t num_rows, int64_t width,
                          const at::Tensor& tokens, const char* argument) {
-  require(is_table(output, {num_rows, width}, tokens.scalar_type(), tokens.device()), kName,
+  require(is_table(output, {num_rows, width}, tokens.scalar_type(), tokens.device()), kMoELayer,
           argument, gates::describe(output),
           std::string("is not ") + c10::toString(tokens.scalar_type()) +
               to_text(at::IntArrayRef({num_rows, width})));
@@ -120,14 +118,15 @@ void check_expert_output(const at::Tensor& output, int64_t num_rows, int64_t wid
 void check_stats(const MoEStats& stats, int64_t num_experts, size_t num_gates,
                  const char* argument) {
   const std::string prefix = std::string(argument) + ".";
-  require(stats.gates.size() == num_gates, kName, (prefix + "gates").c_str(), stats.gates.size(),
-          "differs from " + to_text(num_gates) + " gates of the layer");
+  require(stats.gates.size() == num_gates, kMoELayer, (prefix + "gates").c_str(),
+          stats.gates.size(), "differs from " + to_text(num_gates) + " gates of the layer");
   for (const gates::GateStats& gate : stats.gates) {
     require(is_table(gate.tokens_per_expert, {num_experts}, at::kLong, device_of_counts(gate)),
-            kName, (prefix + "tokens_per_expert").c_str(), gates::describe(gate.tokens_per_expert),
+            kMoELayer, (prefix + "tokens_per_expert").c_str(),
+            gates::describe(gate.tokens_per_expert),
             "is not Long" + to_text(at::IntArrayRef({num_experts})) +
                 "; pass statistics of this layer");
-    require(gate.num_tokens >= 0, kName, (prefix + "num_tokens").c_str(), gate.num_tokens,
+    require(gate.num_tokens >= 0, kMoELayer, (prefix + "num_tokens").c_str(), gate.num_tokens,
             "is negative; pass statistics of this layer");
   }
 }

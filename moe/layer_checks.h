@@ -10,6 +10,8 @@
 
 namespace perseid {
 
+inline constexpr const char* kMoELayer = "moe_layer";  ///< in errors
+
 /// Every field of the input of a layer with these gates and experts.
 void check_layer_input(const MoEInput& input, const Experts& experts, int64_t num_experts,
                        size_t num_gates);

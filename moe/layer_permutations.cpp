@@ -5,20 +5,20 @@
 #include "gates/tree_gate.h"
 #include "kernels/error.h"
 #include "kernels/random.h"
+#include "moe/layer_checks.h"
 
 namespace perseid {
 
 Permutations make_permutations(const std::vector<std::shared_ptr<gates::Gate>>& gates,
                                const gates::PermutationOptions& options, int layer_id) {
-  constexpr const char* kOperation = "moe_layer";
-  options.validate(kOperation);
+  options.validate(kMoELayer);
   Permutations permutations;
   if (options.search() == gates::PermSearch::kNone) return permutations;
   const bool is_shared = options.scope() == gates::PermScope::kShared;
   const bool per_tree = options.scope() == gates::PermScope::kPerTree;
   for (size_t g = 0; g < (is_shared ? 1 : gates.size()); ++g) {
     const gates::Gate& gate = *gates[g];
-    require(!per_tree || dynamic_cast<const gates::TreeGate*>(&gate) != nullptr, kOperation,
+    require(!per_tree || dynamic_cast<const gates::TreeGate*>(&gate) != nullptr, kMoELayer,
             "permutation.scope", "per_tree",
             "needs gates with trees or selectors, but " + gate.name() +
                 " has none; choose shared or per_gate");

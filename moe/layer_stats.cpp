@@ -9,11 +9,10 @@
 #include "gates/describe.h"
 #include "gates/device.h"
 #include "kernels/error.h"
+#include "moe/layer_checks.h"
 
 namespace perseid {
 namespace {
-
-constexpr const char* kName = "moe_layer";
 
 /// The fields of gate statistics by how they are added up.
 template <typename Stats, typename Body>
@@ -88,7 +87,7 @@ MoEStats& MoEStats::operator+=(const MoEStats& other_in) {
   read();
   MoEStats other = other_in;
   other.read();
-  require(gates.size() == other.gates.size(), kName, "stats.gates", other.gates.size(),
+  require(gates.size() == other.gates.size(), kMoELayer, "stats.gates", other.gates.size(),
           "differs from " + std::to_string(gates.size()) + "; add statistics of one layer");
   num_dropped += other.num_dropped;
   num_tokens += other.num_tokens;
@@ -99,7 +98,7 @@ MoEStats& MoEStats::operator+=(const MoEStats& other_in) {
     gates::GateStats more = other.gates[g];
     require(more.tokens_per_expert.defined() && gate.tokens_per_expert.defined() &&
                 more.tokens_per_expert.sizes() == gate.tokens_per_expert.sizes(),
-            kName, "stats.tokens_per_expert", gates::describe(more.tokens_per_expert),
+            kMoELayer, "stats.tokens_per_expert", gates::describe(more.tokens_per_expert),
             "differs from " + gates::describe(gate.tokens_per_expert) +
                 "; add statistics of one layer");
     std::vector<int64_t> fields;

@@ -16,7 +16,7 @@
 namespace perseid {
 namespace {
 
-constexpr const char* kOperation = "local_plan";
+constexpr const char* kLocalPlan = "local_plan";
 
 }  // namespace
 
@@ -37,14 +37,14 @@ at::Tensor LocalPlan::expert_ends() const {
   at::Tensor ends = at::empty({num_local_experts()}, device_offsets.options().dtype(at::kInt));
   kernels::expert_ends(device_offsets.const_data_ptr<int64_t>(), num_local_experts(),
                        ends.mutable_data_ptr<int32_t>(),
-                       gates::stream_of(device_offsets, kOperation));
+                       gates::stream_of(device_offsets, kLocalPlan));
   return ends;
 }
 
 at::Tensor LocalPlan::place_of_assignment() const {
   at::Tensor places = at::empty({num_assignments}, order.options());
   kernels::invert_order(int32_data(order), num_assignments, places.mutable_data_ptr<int32_t>(),
-                        gates::stream_of(order, kOperation));
+                        gates::stream_of(order, kLocalPlan));
   return places;
 }
 
@@ -52,7 +52,7 @@ at::Tensor LocalPlan::row_of_sorted() const {
   at::Tensor rows = at::empty({num_assignments}, order.options());
   kernels::row_of_sorted(int32_data(order), num_assignments, int32_data(row_offsets), num_rows,
                          fixed, rows.mutable_data_ptr<int32_t>(),
-                         gates::stream_of(order, kOperation));
+                         gates::stream_of(order, kLocalPlan));
   return rows;
 }
 
@@ -69,7 +69,7 @@ LocalPlan make_local_plan(const gates::Routing& routing, int64_t num_experts) {
     kernels::counting_sort(int32_data(routing.expert_idx), local.num_assignments, num_experts,
                            local.device_offsets.mutable_data_ptr<int64_t>(),
                            local.order.mutable_data_ptr<int32_t>(),
-                           gates::stream_of(routing.expert_idx, kOperation));
+                           gates::stream_of(routing.expert_idx, kLocalPlan));
     return local;
   }
   local.order = at::empty({local.num_assignments}, at::kInt);

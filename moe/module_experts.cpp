@@ -23,7 +23,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOperation = "module_experts";
+constexpr const char* kModuleExperts = "module_experts";
 
 /// Assignments of each row as places of the sorted order. The tensors must outlive the result.
 kernels::CombineIndex row_index(const at::Tensor& place_of, const at::Tensor& row_offsets,
@@ -56,7 +56,7 @@ struct GatherRows : torch::autograd::Function<GatherRows> {
       if (count == 0) continue;
       parts.push_back(at::empty({count, d_in}, source.options()));
       kernels::permute(data_of(source), row_of + begin, mutable_data_of(parts.back()), count,
-                       d_in * source.element_size(), gates::stream_of(source, kOperation));
+                       d_in * source.element_size(), gates::stream_of(source, kModuleExperts));
     }
     context->save_for_backward({place_of, row_offsets.value_or(at::Tensor())});
     context->saved_data["num_rows"] = rows.size(0);
@@ -70,10 +70,10 @@ struct GatherRows : torch::autograd::Function<GatherRows> {
     const int64_t num_rows = context->saved_data["num_rows"].toInt();
     const int64_t d_in = grad_sorted.size(1);
     const at::Tensor grad_rows = at::empty({num_rows, d_in}, grad_sorted.options());
-    kernels::combine(data_of(grad_sorted),
-                     row_index(saved[0], saved[1], context->saved_data["fixed"].toInt()), nullptr,
-                     1, mutable_data_of(grad_rows), num_rows, d_in,
-                     dtype_of(grad_sorted, kOperation), gates::stream_of(grad_sorted, kOperation));
+    kernels::combine(
+        data_of(grad_sorted), row_index(saved[0], saved[1], context->saved_data["fixed"].toInt()),
+        nullptr, 1, mutable_data_of(grad_rows), num_rows, d_in,
+        dtype_of(grad_sorted, kModuleExperts), gates::stream_of(grad_sorted, kModuleExperts));
     return {grad_rows, {}, {}, {}, {}, {}};
   }
 };
@@ -99,7 +99,7 @@ struct CombineOutputs : torch::autograd::Function<CombineOutputs> {
       out = at::empty({num_rows, num_gates * d_out}, sorted.options());
       kernels::combine(data_of(sorted), row_index(place_of, offsets, fixed), data_of(row_weights),
                        num_gates, mutable_data_of(out), num_rows, d_out,
-                       dtype_of(sorted, kOperation), gates::stream_of(sorted, kOperation));
+                       dtype_of(sorted, kModuleExperts), gates::stream_of(sorted, kModuleExperts));
     }
     context->save_for_backward({sorted, row_weights, place_of, offsets});
     context->saved_data["fixed"] = fixed;
@@ -127,7 +127,8 @@ struct CombineOutputs : torch::autograd::Function<CombineOutputs> {
                                 row_index(saved[2], saved[3], context->saved_data["fixed"].toInt()),
                                 data_of(weights), weights.size(1), mutable_data_of(grad_sorted),
                                 mutable_data_of(grad_weights), num_rows, sorted.size(1),
-                                dtype_of(sorted, kOperation), gates::stream_of(sorted, kOperation));
+                                dtype_of(sorted, kModuleExperts),
+                                gates::stream_of(sorted, kModuleExperts));
     }
     variable_list gradients = {grad_sorted, grad_weights, grad_rows};
     for (const at::Tensor& parameter : context->saved_data["idle"].toTensorVector()) {
@@ -171,15 +172,16 @@ class SeededGenerator {
 
 ModuleExperts::ModuleExperts(const ModuleExpertsOptions& options, const ExpertFactory& factory,
                              const ExpertPlacement& placement, int ep_rank)
-    : Experts(kOperation, placement.experts_of(ep_rank), options.d_in(), options.d_out()) {
-  require(factory != nullptr, kOperation, "factory", "empty", "must make the module of an expert");
+    : Experts(kModuleExperts, placement.experts_of(ep_rank), options.d_in(), options.d_out()) {
+  require(factory != nullptr, kModuleExperts, "factory", "empty",
+          "must make the module of an expert");
   const kernels::RandomKey key =
       kernels::random_key(options.seed()).with(static_cast<uint64_t>(options.layer_id()));
   SeededGenerator generator;
   for (const int64_t expert : expert_ids()) {
     generator.seed(key.with(static_cast<uint64_t>(expert)).value);
     modules_.push_back(factory(expert));
-    require(!modules_.back().is_empty(), kOperation, "factory", "an empty module",
+    require(!modules_.back().is_empty(), kModuleExperts, "factory", "an empty module",
             "for expert " + to_text(expert) + "; return a module with forward(rows)");
     register_module("expert_" + to_text(expert), modules_.back().ptr());
   }
@@ -210,13 +212,13 @@ at::Tensor ModuleExperts::forward(const at::Tensor& rows, const at::Tensor& weig
     at::Tensor output = modules_[slot].forward(std::move(inputs[outputs.size()]));
     const std::string of_expert = " for expert " + to_text(expert_ids()[slot]);
     require(
-        output.defined(), kOperation, "output", "undefined",
+        output.defined(), kModuleExperts, "output", "undefined",
         "must be [" + to_text(count) + ", " + to_text(d_out()) + "], [rows, d_out]," + of_expert);
     require(
-        output.dim() == 2 && output.size(0) == count && output.size(1) == d_out(), kOperation,
+        output.dim() == 2 && output.size(0) == count && output.size(1) == d_out(), kModuleExperts,
         "output", output.sizes(),
         "must be [" + to_text(count) + ", " + to_text(d_out()) + "], [rows, d_out]," + of_expert);
-    require(output.scalar_type() == rows.scalar_type(), kOperation, "output.dtype",
+    require(output.scalar_type() == rows.scalar_type(), kModuleExperts, "output.dtype",
             output.scalar_type(),
             "must be " + to_text(rows.scalar_type()) + " as that of its rows," + of_expert);
     outputs.push_back(std::move(output));

@@ -34,13 +34,12 @@
 namespace perseid {
 namespace {
 
-constexpr const char* kName = "moe_layer";
 constexpr int64_t kProbeTokens = 512;
 
 /// Throws Diverged, on all ranks alike, if logits of any rank were not finite.
 void raise_non_finite(int64_t non_finite, const comm::Group& world, const comm::CallSite& site) {
   if (non_finite == 0) return;
-  throw Diverged({kName, "non_finite_tokens", to_text(non_finite),
+  throw Diverged({kMoELayer, "non_finite_tokens", to_text(non_finite),
                   "exceeds 0: tokens or gate parameters hold a NaN or an infinity", world.rank(),
                   -1, site.layer, site.step});
 }
@@ -81,7 +80,7 @@ at::Tensor mix(const at::Tensor& outputs, const Selection& selection) {
   at::Tensor mixed = at::empty({T, G * width}, outputs.options());
   kernels::combine(outputs.const_data_ptr(), {int32_data(offsets), 0, int32_data(row)},
                    weights.const_data_ptr(), G, mixed.mutable_data_ptr(), T, width,
-                   dtype_of(outputs, kName), gates::stream_of(outputs, kName));
+                   dtype_of(outputs, kMoELayer), gates::stream_of(outputs, kMoELayer));
   return mixed;
 }
 
@@ -138,28 +137,28 @@ MoELayer::MoELayer(std::vector<std::shared_ptr<gates::Gate>> gates,
       groups_(std::move(groups)),
       options_(options) {
   use_libtorch_threads();
-  require(!gates_.empty(), kName, "gates", gates_.size(), "is empty; pass 1 gate or more");
-  require(experts_ != nullptr, kName, "experts", "null", "is not a module");
+  require(!gates_.empty(), kMoELayer, "gates", gates_.size(), "is empty; pass 1 gate or more");
+  require(experts_ != nullptr, kMoELayer, "experts", "null", "is not a module");
   for (const auto& gate : gates_) {
-    require(gate != nullptr, kName, "gates", "null", "is not a module");
-    require(gate->num_experts() == placement_.num_experts(), kName, "gate.num_experts",
+    require(gate != nullptr, kMoELayer, "gates", "null", "is not a module");
+    require(gate->num_experts() == placement_.num_experts(), kMoELayer, "gate.num_experts",
             gate->num_experts(),
             "differs from num_experts=" + std::to_string(placement_.num_experts()) +
                 " of the placement");
   }
   const comm::Group& ep = groups_.expert_parallel;
-  require(placement_.num_ranks() == ep.size(), kName, "placement.num_ranks", placement_.num_ranks(),
-          "differs from ep_size=" + std::to_string(ep.size()));
-  require(experts_->expert_ids() == placement_.experts_of(ep.rank()), kName, "experts",
+  require(placement_.num_ranks() == ep.size(), kMoELayer, "placement.num_ranks",
+          placement_.num_ranks(), "differs from ep_size=" + std::to_string(ep.size()));
+  require(experts_->expert_ids() == placement_.experts_of(ep.rank()), kMoELayer, "experts",
           experts_->num_local_experts(),
           "are not those that the placement gives to rank " + std::to_string(ep.rank()) +
               " of the expert-parallel group");
   if (shared_) {
-    require(shared_->num_local_experts() == 1, kName, "shared.num_local_experts",
+    require(shared_->num_local_experts() == 1, kMoELayer, "shared.num_local_experts",
             shared_->num_local_experts(), "is not 1; pass one expert, of any width inside");
-    require(shared_->d_in() == experts_->d_in(), kName, "shared.d_in", shared_->d_in(),
+    require(shared_->d_in() == experts_->d_in(), kMoELayer, "shared.d_in", shared_->d_in(),
             "differs from d_in=" + to_text(experts_->d_in()) + " of the experts");
-    require(shared_->d_out() == experts_->d_out(), kName, "shared.d_out", shared_->d_out(),
+    require(shared_->d_out() == experts_->d_out(), kMoELayer, "shared.d_out", shared_->d_out(),
             "differs from d_out=" + to_text(experts_->d_out()) + " of the experts");
     shared_->set_replicated(true);
     register_module("shared", shared_);
@@ -176,7 +175,7 @@ MoELayer::MoELayer(std::vector<std::shared_ptr<gates::Gate>> gates,
 }
 
 MoEOutput MoELayer::forward(const MoEInput& input) {
-  const comm::CallSite site{kName, options_.layer_id, input.step};
+  const comm::CallSite site{kMoELayer, options_.layer_id, input.step};
   const gates::GateInput gate_input = agree_on_input(input, site);
   Decision decision = decide(gate_input, input.earlier, site);
   at::Tensor shared_output;
@@ -211,7 +210,7 @@ at::Tensor MoELayer::run_every_expert(const at::Tensor& tokens, comm::CallSite s
   comm::agree(groups_.world, site, [&] {
     const double bytes = static_cast<double>(T) * static_cast<double>(E * experts_->d_out()) *
                          static_cast<double>(tokens.element_size());
-    require(bytes <= static_cast<double>(probe_->max_bytes), kName, "probe.bytes", bytes,
+    require(bytes <= static_cast<double>(probe_->max_bytes), kMoELayer, "probe.bytes", bytes,
             "of outputs of all experts exceed max_bytes=" + to_text(probe_->max_bytes) +
                 "; use fewer held tokens, a higher limit, or probe=selected");
     outputs = at::empty({T, E, experts_->d_out()}, tokens.options());
@@ -292,7 +291,7 @@ gates::GateInput MoELayer::agree_on_input(const MoEInput& input, comm::CallSite 
     // Alone on a GPU the layer needs no number of its own on the host before the end of the
     // forward; with other ranks it fetches all at once, see fetch.
     gate_input.defer_counts = true;
-    gates::validate(gate_input, -1, kName);
+    gates::validate(gate_input, -1, kMoELayer);
   });
   // Tokens of the ranks before this one, and the valid ones of all.
   const RankShare mine = {input.tokens.size(0),
@@ -413,7 +412,7 @@ MoEOutput MoELayer::finish(const MoEInput& input, const at::Tensor& combined,
     out.stats.read();  // all of the forward is queued by now
     int64_t non_finite = 0;
     for (const gates::GateStats& gate : out.stats.gates) non_finite += gate.non_finite_tokens;
-    raise_non_finite(non_finite, groups_.world, {kName, options_.layer_id, input.step});
+    raise_non_finite(non_finite, groups_.world, {kMoELayer, options_.layer_id, input.step});
   }
   return out;
 }
@@ -430,7 +429,7 @@ void MoELayer::after_step(const MoEStats& stats_in) {
   }
   require(stats.relaxed_permutations.empty() ||
               stats.relaxed_permutations.size() == permutations_.size(),
-          kName, "stats.relaxed_permutations", stats.relaxed_permutations.size(),
+          kMoELayer, "stats.relaxed_permutations", stats.relaxed_permutations.size(),
           "differs from the " + to_text(permutations_.size()) + " permutations of the layer");
   for (size_t i = 0; i < permutations_.size(); ++i) {
     permutations_[i]->after_step(

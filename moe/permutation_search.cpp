@@ -29,7 +29,7 @@ using at::Tensor;
 using Rows = std::vector<std::vector<int32_t>>;
 using Layers = std::vector<std::shared_ptr<MoELayer>>;
 
-constexpr const char* kOperation = "permutation_search";
+constexpr const char* kPermutationSearch = "permutation_search";
 
 /// n!, or the largest number where it does not fit.
 int64_t factorial(int64_t n) {
@@ -165,7 +165,7 @@ class Search {
   void measure_present() {
     best_loss_ = evaluate(layers_.size() - 1);
     if (!std::isfinite(best_loss_)) {
-      throw Diverged({kOperation, "held_loss", to_text(best_loss_),
+      throw Diverged({kPermutationSearch, "held_loss", to_text(best_loss_),
                       "of the present order is not finite; search before training diverges",
                       world_.rank()});
     }
@@ -188,8 +188,8 @@ class Search {
   Tensor loss_of(size_t batch) {
     for (LayerProbe& probe : model_.probes) probe.batch = batch;
     const Tensor loss = held_loss_(batch);
-    comm::agree(world_, {kOperation}, [&] {
-      require(loss.defined() && loss.numel() == 1 && loss.is_floating_point(), kOperation,
+    comm::agree(world_, {kPermutationSearch}, [&] {
+      require(loss.defined() && loss.numel() == 1 && loss.is_floating_point(), kPermutationSearch,
               "held_loss", gates::describe(loss), "is not a floating scalar");
     });
     return loss;
@@ -198,7 +198,7 @@ class Search {
   /// Sum over ranks of one number of each, divided by the number of batches.
   double over_ranks(double local) const {
     std::vector<double> all(static_cast<size_t>(world_.size()));
-    comm::all_gather(&local, sizeof(local), all.data(), world_, {kOperation});
+    comm::all_gather(&local, sizeof(local), all.data(), world_, {kPermutationSearch});
     return std::accumulate(all.begin(), all.end(), 0.0) / static_cast<double>(num_batches_);
   }
 
@@ -227,8 +227,8 @@ class Search {
 
   void require_one_forward() const {
     for (const LayerProbe& probe : model_.probes) {
-      require(probe.num_forwards == static_cast<int64_t>(num_batches_), kOperation, "num_forwards",
-              probe.num_forwards,
+      require(probe.num_forwards == static_cast<int64_t>(num_batches_), kPermutationSearch,
+              "num_forwards", probe.num_forwards,
               "of a layer differs from num_batches=" + to_text(num_batches_) +
                   "; the held loss must run the model once, and each layer once in it");
     }
@@ -247,8 +247,8 @@ class Search {
     for (const auto& row : best_rows_) matrices.emplace_back(static_cast<int64_t>(row.size()));
     for (size_t b = 0; b < num_batches_; ++b) {
       const Tensor loss = loss_of(b);
-      comm::agree(world_, {kOperation}, [&] {
-        require(loss.requires_grad(), kOperation, "held_loss.requires_grad", false,
+      comm::agree(world_, {kPermutationSearch}, [&] {
+        require(loss.requires_grad(), kPermutationSearch, "held_loss.requires_grad", false,
                 "leaves nothing to differentiate; call the model without NoGradGuard");
       });
       std::vector<Tensor> deltas;
@@ -313,7 +313,7 @@ class Search {
     }
     std::vector<double> all(mine.size() * static_cast<size_t>(world_.size()));
     comm::all_gather(mine.data(), static_cast<int64_t>(mine.size() * sizeof(double)), all.data(),
-                     world_, {kOperation});
+                     world_, {kPermutationSearch});
     std::fill(mine.begin(), mine.end(), 0.0);
     for (size_t i = 0; i < all.size(); ++i) mine[i % mine.size()] += all[i];
     auto next = mine.begin();
@@ -383,8 +383,8 @@ class Search {
     for (const auto& layer : layers_) {
       const int64_t mine = hash_of(layer->permutations());
       std::vector<int64_t> all(static_cast<size_t>(world_.size()));
-      comm::all_gather(&mine, sizeof(mine), all.data(), world_, {kOperation});
-      require_same_on_ranks(all, "expert_map.hash", world_.rank(), {kOperation});
+      comm::all_gather(&mine, sizeof(mine), all.data(), world_, {kPermutationSearch});
+      require_same_on_ranks(all, "expert_map.hash", world_.rank(), {kPermutationSearch});
     }
   }
 
@@ -428,13 +428,14 @@ class Search {
 
 PermutationSearch::PermutationSearch(torch::nn::Module& model, PermutationSearchOptions options)
     : model_(model), options_(options) {
-  require(options.max_evaluations >= 1, kOperation, "max_evaluations", options.max_evaluations,
-          "is below 1; 64 is usual");
-  require(options.candidates_per_round >= 1, kOperation, "candidates_per_round",
+  require(options.max_evaluations >= 1, kPermutationSearch, "max_evaluations",
+          options.max_evaluations, "is below 1; 64 is usual");
+  require(options.candidates_per_round >= 1, kPermutationSearch, "candidates_per_round",
           options.candidates_per_round, "is below 1; 8 is usual");
-  require(options.min_relative_gain >= 0 && std::isfinite(options.min_relative_gain), kOperation,
-          "min_relative_gain", options.min_relative_gain, "is not a finite number from 0 on");
-  require(options.max_bytes >= 0, kOperation, "max_bytes", options.max_bytes, "is below 0");
+  require(options.min_relative_gain >= 0 && std::isfinite(options.min_relative_gain),
+          kPermutationSearch, "min_relative_gain", options.min_relative_gain,
+          "is not a finite number from 0 on");
+  require(options.max_bytes >= 0, kPermutationSearch, "max_bytes", options.max_bytes, "is below 0");
   const auto add = [this](const std::shared_ptr<MoELayer>& layer) {
     if (layer == nullptr || layer->permutations().empty()) return;
     if (std::find(layers_.begin(), layers_.end(), layer) == layers_.end()) layers_.push_back(layer);
@@ -445,14 +446,14 @@ PermutationSearch::PermutationSearch(torch::nn::Module& model, PermutationSearch
   for (const auto& module : model.modules(/*include_self=*/false)) {
     add(std::dynamic_pointer_cast<MoELayer>(module));
   }
-  require(!layers_.empty(), kOperation, "model", model.name(),
+  require(!layers_.empty(), kPermutationSearch, "model", model.name(),
           "has no MoELayer with MoELayerOptions::permutation; set its search");
 }
 
 void PermutationSearch::require_batches(size_t num_batches, const HeldLoss& held_loss) const {
-  require(num_batches >= 1, kOperation, "num_batches", num_batches,
+  require(num_batches >= 1, kPermutationSearch, "num_batches", num_batches,
           "is 0: a search compares orders on held batches; give 1 or more");
-  require(held_loss != nullptr, kOperation, "held_loss", "none", "is not a function");
+  require(held_loss != nullptr, kPermutationSearch, "held_loss", "none", "is not a function");
 }
 
 std::vector<at::Tensor> PermutationSearch::scores(size_t num_batches, const HeldLoss& held_loss) {

@@ -7,13 +7,13 @@
 
 namespace perseid {
 namespace {
-constexpr const char* kOperation = "expert_placement";
+constexpr const char* kExpertPlacement = "expert_placement";
 
 void require_sizes(int64_t num_experts, int num_ranks) {
-  require(num_experts >= 1, kOperation, "num_experts", num_experts, "must be at least 1");
-  require(num_experts <= std::numeric_limits<int32_t>::max(), kOperation, "num_experts",
+  require(num_experts >= 1, kExpertPlacement, "num_experts", num_experts, "must be at least 1");
+  require(num_experts <= std::numeric_limits<int32_t>::max(), kExpertPlacement, "num_experts",
           num_experts, "must be below 2^31");
-  require(num_ranks >= 1, kOperation, "num_ranks", num_ranks, "must be at least 1");
+  require(num_ranks >= 1, kExpertPlacement, "num_ranks", num_ranks, "must be at least 1");
 }
 }  // namespace
 
@@ -38,7 +38,7 @@ ExpertPlacement::ExpertPlacement(std::vector<int> rank_of_expert, int num_ranks)
   for (int64_t expert = 0; expert < num_experts(); ++expert) {
     const int rank = rank_of(expert);
     if (rank < 0 || rank >= num_ranks) {
-      throw ConfigError(ErrorDetail{kOperation, "rank_of_expert[" + to_text(expert) + "]",
+      throw ConfigError(ErrorDetail{kExpertPlacement, "rank_of_expert[" + to_text(expert) + "]",
                                     to_text(rank), "must lie in [0, " + to_text(num_ranks) + ")"});
     }
     std::vector<int64_t>& experts = experts_of_[static_cast<size_t>(rank)];
@@ -48,7 +48,7 @@ ExpertPlacement::ExpertPlacement(std::vector<int> rank_of_expert, int num_ranks)
 }
 
 const std::vector<int64_t>& ExpertPlacement::experts_of(int rank) const {
-  require(rank >= 0 && rank < num_ranks(), kOperation, "rank", rank,
+  require(rank >= 0 && rank < num_ranks(), kExpertPlacement, "rank", rank,
           "must lie in [0, " + to_text(num_ranks()) + ")");
   return experts_of_[static_cast<size_t>(rank)];
 }

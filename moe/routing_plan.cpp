@@ -15,7 +15,7 @@
 namespace perseid {
 namespace {
 
-constexpr const char* kOperation = "make_routing_plan";
+constexpr const char* kMakeRoutingPlan = "make_routing_plan";
 
 at::Tensor empty_int32(int64_t size) { return at::empty({size}, at::kInt); }
 
@@ -168,7 +168,7 @@ namespace {
 /// One process: row t is token t, and nothing travels.
 std::shared_ptr<const RoutingPlan> device_plan_of_one(const gates::Routing& routing,
                                                       int64_t num_experts) {
-  gates::validate_row_shapes(routing, num_experts, kOperation);
+  gates::validate_row_shapes(routing, num_experts, kMakeRoutingPlan);
   gates::Routing dense = routing;
   dense.expert_idx = routing.expert_idx.contiguous();
   if (dense.token_offsets.defined()) dense.token_offsets = routing.token_offsets.contiguous();
@@ -222,12 +222,12 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
   const int num_ranks = group.size();
   const bool is_device = gates::is_on_device(routing_in.expert_idx);
   if (is_device && num_ranks == 1) {
-    require(placement.num_ranks() == 1, kOperation, "placement.num_ranks", placement.num_ranks(),
-            "differs from the 1 ranks of the group");
+    require(placement.num_ranks() == 1, kMakeRoutingPlan, "placement.num_ranks",
+            placement.num_ranks(), "differs from the 1 ranks of the group");
     return device_plan_of_one(routing_in, placement.num_experts());
   }
   comm::CallSite site = options.site;
-  if (!site.operation) site.operation = kOperation;
+  if (!site.operation) site.operation = kMakeRoutingPlan;
   auto plan = std::make_shared<RoutingPlan>();
   // With one rank every sum is formed in choice order already, and nothing travels.
   const bool row_per_assignment = options.strict && num_ranks > 1;
@@ -235,10 +235,10 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
   gates::Routing routing;
   comm::before_exchange(comm::NextExchange::kCounts, group, site, [&] {
     routing = host_integers(routing_in, options.on_host);
-    require(placement.num_ranks() == num_ranks, kOperation, "placement.num_ranks",
+    require(placement.num_ranks() == num_ranks, kMakeRoutingPlan, "placement.num_ranks",
             placement.num_ranks(),
             "differs from the " + to_text(num_ranks) + " ranks of the group");
-    gates::validate_rows(routing, placement.num_experts(), kOperation);
+    gates::validate_rows(routing, placement.num_experts(), kMakeRoutingPlan);
     plan->num_tokens = routing.num_tokens;
     plan->num_assignments = routing.num_assignments();
     sent = plan_sends(routing, placement, num_ranks, row_per_assignment, *plan);

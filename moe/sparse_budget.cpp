@@ -9,7 +9,7 @@
 namespace perseid {
 namespace {
 
-constexpr const char* kOperation = "sparse_budget";
+constexpr const char* kSparseBudget = "sparse_budget";
 __extension__ using Wide = __int128;
 
 /// Granules of one unit.
@@ -46,15 +46,15 @@ double weight_of(const Budget& budget, const BudgetUnit& unit) {
 }
 
 void check(const Budget& budget, const std::vector<BudgetUnit>& units) {
-  require(std::isfinite(budget.power) && budget.power >= 0, kOperation, "power", budget.power,
+  require(std::isfinite(budget.power) && budget.power >= 0, kSparseBudget, "power", budget.power,
           "is not a finite number of 0 or more");
   if (budget.distribution == Distribution::kEpsilon) {
-    require(std::isfinite(budget.epsilon) && budget.epsilon > 0, kOperation, "epsilon",
+    require(std::isfinite(budget.epsilon) && budget.epsilon > 0, kSparseBudget, "epsilon",
             budget.epsilon, "is not a finite number above 0");
   }
   for (const BudgetUnit& unit : units) {
     const auto fail = [&](const char* argument, int64_t value, const std::string& limit) {
-      throw ConfigError(ErrorDetail{kOperation, std::string(argument) + " of " + unit.name,
+      throw ConfigError(ErrorDetail{kSparseBudget, std::string(argument) + " of " + unit.name,
                                     to_text(value), limit});
     };
     if (unit.out < 1) fail("out", unit.out, "is below 1");
@@ -74,7 +74,7 @@ Share bounds_of(const BudgetUnit& unit) {
   share.lowest = (std::max<int64_t>(unit.floor, 0) + unit.granule - 1) / unit.granule;
   share.highest = ceiling / unit.granule;
   if (share.lowest > share.highest) {
-    throw ConfigError(ErrorDetail{kOperation, "floor of " + unit.name, to_text(unit.floor),
+    throw ConfigError(ErrorDetail{kSparseBudget, "floor of " + unit.name, to_text(unit.floor),
                                   "leaves no multiple of granule=" + to_text(unit.granule) +
                                       " up to ceiling=" + to_text(ceiling)});
   }
@@ -104,7 +104,7 @@ std::vector<int64_t> custom_numbers(const Budget& budget, const std::vector<Budg
     nnz.push_back(own_number(unit, static_cast<double>(density.of(unit.out * unit.in))));
   }
   for (size_t i = 0; i < is_used.size(); ++i) {
-    require(is_used[i], kOperation, "custom", budget.custom[i].pattern,
+    require(is_used[i], kSparseBudget, "custom", budget.custom[i].pattern,
             "matches no unit; correct the pattern");
   }
   return nnz;
@@ -151,7 +151,7 @@ void fill(std::vector<Share>& shares, const std::vector<BudgetUnit>& units, doub
 }  // namespace
 
 Density::Density(double density) {
-  require(density > 0 && density <= 1, kOperation, "density", density,
+  require(density > 0 && density <= 1, kSparseBudget, "density", density,
           "is outside (0, 1]; it is the share of active weights, not of zeros");
   // Continued fraction, until the ratio rounds to the same double.
   int64_t p0 = 0, q0 = 1, p1 = 1, q1 = 0;
@@ -166,14 +166,14 @@ Density::Density(double density) {
     if (static_cast<double>(p) / static_cast<double>(q) == density) break;
     x = 1 / (x - whole);
   }
-  require(p1 > 0, kOperation, "density", density, "is too small to be a ratio of integers");
+  require(p1 > 0, kSparseBudget, "density", density, "is too small to be a ratio of integers");
   numerator_ = p1;
   denominator_ = q1;
 }
 
 Density Density::ratio(int64_t numerator, int64_t denominator) {
-  require(denominator >= 1, kOperation, "denominator", denominator, "is below 1");
-  require(numerator >= 1 && numerator <= denominator, kOperation, "numerator", numerator,
+  require(denominator >= 1, kSparseBudget, "denominator", denominator, "is below 1");
+  require(numerator >= 1 && numerator <= denominator, kSparseBudget, "numerator", numerator,
           "is outside [1, denominator=" + to_text(denominator) + "]");
   const int64_t common = std::gcd(numerator, denominator);
   Density density;
@@ -194,7 +194,7 @@ Allocation allocate(const Budget& budget, const std::vector<BudgetUnit>& units) 
     result.nnz = custom_numbers(budget, units);
     return result;
   }
-  require(budget.custom.empty(), kOperation, "custom", budget.custom.size(),
+  require(budget.custom.empty(), kSparseBudget, "custom", budget.custom.size(),
           "densities are given, but the distribution is not kCustom");
   if (budget.distribution == Distribution::kEpsilon) {
     for (const BudgetUnit& unit : units) {
@@ -225,11 +225,11 @@ Allocation allocate(const Budget& budget, const std::vector<BudgetUnit>& units) 
                             Wide{1} * budget.density.denominator() * unit_granule) /
                            (Wide{2} * budget.density.denominator() * unit_granule)) *
       unit_granule;
-  require(total >= lowest, kOperation, "density", budget.density.value(),
+  require(total >= lowest, kSparseBudget, "density", budget.density.value(),
           "allows " + to_text(wanted) + " of " + to_text(sum_sizes) +
               " weights, but the floors need " + to_text(lowest) +
               "; choose a higher density or lower floors");
-  require(total <= highest, kOperation, "density", budget.density.value(),
+  require(total <= highest, kSparseBudget, "density", budget.density.value(),
           "asks for " + to_text(wanted) + " of " + to_text(sum_sizes) +
               " weights, but the ceilings allow " + to_text(highest) +
               "; choose a lower density or higher ceilings");

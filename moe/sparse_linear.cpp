@@ -20,7 +20,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr const char* kOperation = "sparse_linear";
+constexpr const char* kSparseLinear = "sparse_linear";
 
 /// A link where autograd keeps values of a step.
 struct LinkHolder : torch::CustomClassHolder {
@@ -51,7 +51,7 @@ struct SparseProduct : torch::autograd::Function<SparseProduct> {
     const at::Tensor dense = weight.contiguous();
     const at::Tensor product = at::empty({out, num_rows}, x.options());
     kernels::masked_product(data_of(dense), link->active.data(), data_of(columns), out, in,
-                            num_rows, dtype_of(x, kOperation), mutable_data_of(product));
+                            num_rows, dtype_of(x, kSparseLinear), mutable_data_of(product));
     return product.t();
   }
 
@@ -71,7 +71,7 @@ struct SparseProduct : torch::autograd::Function<SparseProduct> {
       return {grad_x, grad_weight, at::Tensor()};
     }
     const int64_t out = weight.size(0), in = weight.size(1), num_rows = x.size(0);
-    const kernels::DType dtype = dtype_of(x, kOperation);
+    const kernels::DType dtype = dtype_of(x, kSparseLinear);
     const at::Tensor delta_columns = delta.t().contiguous();
     if (needs_x) {
       const at::Tensor dense = weight.contiguous();
@@ -93,7 +93,7 @@ struct SparseProduct : torch::autograd::Function<SparseProduct> {
 at::Tensor uniform(at::IntArrayRef sizes, at::ScalarType type, double bound,
                    kernels::RandomKey key) {
   const at::Tensor result = at::empty(sizes, type);
-  kernels::fill_uniform(mutable_data_of(result), result.numel(), dtype_of(result, kOperation),
+  kernels::fill_uniform(mutable_data_of(result), result.numel(), dtype_of(result, kSparseLinear),
                         -bound, bound, key);
   return result;
 }
@@ -104,8 +104,8 @@ SparseLinearImpl::SparseLinearImpl(const SparseLinearOptions& options)
     : options_(options), link_(std::make_shared<UnitLink>()) {
   use_libtorch_threads();
   const int64_t in = options.in_features(), out = options.out_features();
-  require(in >= 1, kOperation, "in_features", in, "is below 1");
-  require(out >= 1, kOperation, "out_features", out, "is below 1");
+  require(in >= 1, kSparseLinear, "in_features", in, "is below 1");
+  require(out >= 1, kSparseLinear, "out_features", out, "is below 1");
   const double bound = 1 / std::sqrt(static_cast<double>(in));
   const kernels::RandomKey key = draw_key(options.seed(), 0, options.key(), UnitDraw::kWeights);
   weight = register_parameter("weight", uniform({out, in}, options.dtype(), bound, key.with(0)));
@@ -115,8 +115,8 @@ SparseLinearImpl::SparseLinearImpl(const SparseLinearOptions& options)
 }
 
 at::Tensor SparseLinearImpl::forward(const at::Tensor& x) {
-  require(x.dim() >= 1 && x.size(-1) == options_.in_features(), kOperation, "x", to_text(x.sizes()),
-          "does not end with in_features=" + to_text(options_.in_features()));
+  require(x.dim() >= 1 && x.size(-1) == options_.in_features(), kSparseLinear, "x",
+          to_text(x.sizes()), "does not end with in_features=" + to_text(options_.in_features()));
   const at::Tensor rows = x.reshape({-1, options_.in_features()});
   at::Tensor product = SparseProduct::apply(rows, weight, link_);
   if (bias.defined()) product = product + bias;

@@ -8,13 +8,13 @@
 namespace perseid {
 namespace {
 
-constexpr const char* kOperation = "packed_mask";
+constexpr const char* kPackedMask = "packed_mask";
 
 template <typename Combine>
 PackedMask combined(const PackedMask& a, const PackedMask& b, Combine combine) {
-  require(a.rows() == b.rows(), kOperation, "rows", b.rows(),
+  require(a.rows() == b.rows(), kPackedMask, "rows", b.rows(),
           "differs from rows=" + to_text(a.rows()) + " of the first mask");
-  require(a.cols() == b.cols(), kOperation, "cols", b.cols(),
+  require(a.cols() == b.cols(), kPackedMask, "cols", b.cols(),
           "differs from cols=" + to_text(a.cols()) + " of the first mask");
   PackedMask result(a.rows(), a.cols());
   for (size_t w = 0; w < a.words().size(); ++w) {
@@ -26,8 +26,8 @@ PackedMask combined(const PackedMask& a, const PackedMask& b, Combine combine) {
 }  // namespace
 
 PackedMask::PackedMask(int64_t rows, int64_t cols) : rows_(rows), cols_(cols) {
-  require(rows >= 0, kOperation, "rows", rows, "is negative; choose 0 or more");
-  require(cols >= 0, kOperation, "cols", cols, "is negative; choose 0 or more");
+  require(rows >= 0, kPackedMask, "rows", rows, "is negative; choose 0 or more");
+  require(cols >= 0, kPackedMask, "cols", cols, "is negative; choose 0 or more");
   words_.assign(static_cast<size_t>(kernels::num_mask_words(num_places())), 0);
 }
 

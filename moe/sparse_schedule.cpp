@@ -11,7 +11,7 @@
 namespace perseid {
 namespace {
 
-constexpr const char* kOperation = "sparse_schedule";
+constexpr const char* kSparseSchedule = "sparse_schedule";
 
 uint64_t reversed_bits(uint64_t x) {
   uint64_t result = 0;
@@ -24,18 +24,18 @@ uint64_t reversed_bits(uint64_t x) {
 int64_t Schedule::end_step() const { return end >= 0 ? end : total_steps * 3 / 4; }
 
 void validate(const Schedule& schedule) {
-  require(schedule.begin >= 0, kOperation, "begin", schedule.begin, "is negative");
-  require(schedule.every >= 1, kOperation, "every", schedule.every, "is below 1");
-  require(schedule.end >= -1, kOperation, "end", schedule.end,
+  require(schedule.begin >= 0, kSparseSchedule, "begin", schedule.begin, "is negative");
+  require(schedule.every >= 1, kSparseSchedule, "every", schedule.every, "is below 1");
+  require(schedule.end >= -1, kSparseSchedule, "end", schedule.end,
           "is below -1; choose -1 for three quarters of total_steps");
-  require(schedule.end >= 0 || schedule.total_steps > 0, kOperation, "total_steps",
+  require(schedule.end >= 0 || schedule.total_steps > 0, kSparseSchedule, "total_steps",
           schedule.total_steps, "is not above 0, but end=-1 is a share of it; set one of them");
-  require(schedule.alpha >= 0 && schedule.alpha <= 1, kOperation, "alpha", schedule.alpha,
+  require(schedule.alpha >= 0 && schedule.alpha <= 1, kSparseSchedule, "alpha", schedule.alpha,
           "is outside [0, 1]");
-  require(schedule.alpha_min >= 0 && schedule.alpha_min <= schedule.alpha, kOperation, "alpha_min",
-          schedule.alpha_min, "is outside [0, alpha=" + to_text(schedule.alpha) + "]");
-  require(std::isfinite(schedule.power) && schedule.power > 0, kOperation, "power", schedule.power,
-          "is not a finite number above 0");
+  require(schedule.alpha_min >= 0 && schedule.alpha_min <= schedule.alpha, kSparseSchedule,
+          "alpha_min", schedule.alpha_min, "is outside [0, alpha=" + to_text(schedule.alpha) + "]");
+  require(std::isfinite(schedule.power) && schedule.power > 0, kSparseSchedule, "power",
+          schedule.power, "is not a finite number above 0");
 }
 
 std::vector<int64_t> update_offsets(const Schedule& schedule, const std::vector<UnitKey>& keys) {

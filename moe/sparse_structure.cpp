@@ -13,7 +13,7 @@
 namespace perseid {
 namespace {
 
-constexpr const char* kOperation = "sparse_structure";
+constexpr const char* kSparseStructure = "sparse_structure";
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -24,7 +24,7 @@ std::string of(const char* argument, const std::string& name) {
 void require_divides(int64_t size, int64_t atom, const char* argument, const std::string& name,
                      bool pad) {
   if (pad) return;
-  require(size % atom == 0, kOperation, of(argument, name).c_str(), size,
+  require(size % atom == 0, kSparseStructure, of(argument, name).c_str(), size,
           "is not a multiple of the atom's " + to_text(atom) + "; choose another atom, or set pad");
 }
 
@@ -46,10 +46,12 @@ int64_t AtomLayout::smallest_budget() const {
 
 AtomLayout make_layout(const Structure& structure, int64_t out, int64_t in,
                        const std::string& name) {
-  require(out >= 1, kOperation, of("out", name).c_str(), out, "is below 1");
-  require(in >= 1, kOperation, of("in", name).c_str(), in, "is below 1");
-  require(structure.atom_rows >= 1, kOperation, "atom_rows", structure.atom_rows, "is below 1");
-  require(structure.atom_cols >= 1, kOperation, "atom_cols", structure.atom_cols, "is below 1");
+  require(out >= 1, kSparseStructure, of("out", name).c_str(), out, "is below 1");
+  require(in >= 1, kSparseStructure, of("in", name).c_str(), in, "is below 1");
+  require(structure.atom_rows >= 1, kSparseStructure, "atom_rows", structure.atom_rows,
+          "is below 1");
+  require(structure.atom_cols >= 1, kSparseStructure, "atom_cols", structure.atom_cols,
+          "is below 1");
   require_divides(out, structure.atom_rows, "out", name, structure.pad);
   require_divides(in, structure.atom_cols, "in", name, structure.pad);
   AtomLayout layout;
@@ -67,11 +69,11 @@ AtomLayout make_layout(const Structure& structure, int64_t out, int64_t in,
       layout.cells = {layout.rows, layout.cols};
       break;
     case Cell::kGroup:
-      require(structure.group >= 1, kOperation, "group", structure.group, "is below 1");
-      require(structure.group_keep >= 1 && structure.group_keep <= structure.group, kOperation,
-              "group_keep", structure.group_keep,
+      require(structure.group >= 1, kSparseStructure, "group", structure.group, "is below 1");
+      require(structure.group_keep >= 1 && structure.group_keep <= structure.group,
+              kSparseStructure, "group_keep", structure.group_keep,
               "is outside [1, group=" + to_text(structure.group) + "]");
-      require(layout.cols % structure.group == 0, kOperation, of("in", name).c_str(), in,
+      require(layout.cols % structure.group == 0, kSparseStructure, of("in", name).c_str(), in,
               "is not a multiple of group=" + to_text(structure.group) +
                   ", the M of N:M; choose another M");
       layout.cells = {layout.num_atoms() / structure.group, structure.group};
@@ -82,9 +84,9 @@ AtomLayout make_layout(const Structure& structure, int64_t out, int64_t in,
 }
 
 PackedMask random_mask(const AtomLayout& layout, int64_t nnz, kernels::RandomKey key) {
-  require(nnz >= 0 && nnz <= layout.size(), kOperation, "nnz", nnz,
+  require(nnz >= 0 && nnz <= layout.size(), kSparseStructure, "nnz", nnz,
           "is outside [0, size=" + to_text(layout.size()) + "]");
-  require(nnz % layout.granule() == 0, kOperation, "nnz", nnz,
+  require(nnz % layout.granule() == 0, kSparseStructure, "nnz", nnz,
           "is not a multiple of " + to_text(layout.granule()) +
               ", one atom for each of the equal cells");
   const std::vector<int64_t> k(static_cast<size_t>(layout.cells.num_cells), nnz / layout.granule());
@@ -97,7 +99,7 @@ PackedMask random_mask(const AtomLayout& layout, int64_t nnz, kernels::RandomKey
 
 at::Tensor atom_scores(const AtomLayout& layout, const at::Tensor& values) {
   require(values.dim() == 2 && values.size(0) == layout.out && values.size(1) == layout.in,
-          kOperation, "values", to_text(values.sizes()),
+          kSparseStructure, "values", to_text(values.sizes()),
           "is not [out=" + to_text(layout.out) + ", in=" + to_text(layout.in) + "]");
   const at::Tensor source = values.detach().to(at::kCPU);
   if (layout.is_elementwise()) return source.abs().to(at::kFloat).contiguous();

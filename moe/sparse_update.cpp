@@ -13,7 +13,7 @@ using kernels::AtomCells;
 using kernels::AtomOrder;
 using kernels::RandomKey;
 
-constexpr const char* kOperation = "update_mask";
+constexpr const char* kUpdateMask = "update_mask";
 
 /// Selections of one unit, and the non-finite scores that they saw.
 class Selector {
@@ -74,21 +74,21 @@ bool is_any(const std::vector<int64_t>& counts) {
 }
 
 void check(const AtomLayout& layout, const UpdateRule& rule, const UpdateInput& input) {
-  require(input.active != nullptr, kOperation, "active", "null", "is missing; pass the mask");
-  require(input.active->rows() == layout.rows && input.active->cols() == layout.cols, kOperation,
+  require(input.active != nullptr, kUpdateMask, "active", "null", "is missing; pass the mask");
+  require(input.active->rows() == layout.rows && input.active->cols() == layout.cols, kUpdateMask,
           "active", to_text(input.active->rows()) + "x" + to_text(input.active->cols()),
           "is not the layout's " + to_text(layout.rows) + "x" + to_text(layout.cols) + " atoms");
-  require(input.fraction >= 0 && input.fraction <= 1, kOperation, "fraction", input.fraction,
+  require(input.fraction >= 0 && input.fraction <= 1, kUpdateMask, "fraction", input.fraction,
           "is outside [0, 1]");
-  require(rule.random_share >= 0 && rule.random_share <= 1, kOperation, "random_share",
+  require(rule.random_share >= 0 && rule.random_share <= 1, kUpdateMask, "random_share",
           rule.random_share, "is outside [0, 1]");
-  require(input.drop_scores != nullptr || layout.num_atoms() == 0, kOperation, "drop_scores",
+  require(input.drop_scores != nullptr || layout.num_atoms() == 0, kUpdateMask, "drop_scores",
           "null", "is missing; pass the scores");
-  require(rule.drop != DropCriterion::kSetSigned || layout.is_elementwise(), kOperation, "drop",
+  require(rule.drop != DropCriterion::kSetSigned || layout.is_elementwise(), kUpdateMask, "drop",
           "set_signed", "needs atoms of one position, which have a sign; choose magnitude");
-  require(rule.grow != GrowCriterion::kGrad || input.grow_scores != nullptr, kOperation,
+  require(rule.grow != GrowCriterion::kGrad || input.grow_scores != nullptr, kUpdateMask,
           "grow_scores", "null", "is missing; grad needs them");
-  require(rule.grow != GrowCriterion::kUnfired || input.ever_active != nullptr, kOperation,
+  require(rule.grow != GrowCriterion::kUnfired || input.ever_active != nullptr, kUpdateMask,
           "ever_active", "null", "is missing; unfired needs it");
 }
 
@@ -99,9 +99,9 @@ MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const U
   const PackedMask& active = *input.active;
   const int64_t num_active = active.count();
   const int64_t target = input.target < 0 ? num_active : input.target;
-  require(target <= layout.num_atoms(), kOperation, "target", target,
+  require(target <= layout.num_atoms(), kUpdateMask, "target", target,
           "exceeds num_atoms=" + to_text(layout.num_atoms()));
-  require(target % layout.cells.num_cells == 0, kOperation, "target", target,
+  require(target % layout.cells.num_cells == 0, kUpdateMask, "target", target,
           "is not a multiple of num_cells=" + to_text(layout.cells.num_cells));
   const std::vector<int64_t> target_of(static_cast<size_t>(layout.cells.num_cells),
                                        target / layout.cells.num_cells);

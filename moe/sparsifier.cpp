@@ -18,7 +18,7 @@
 namespace perseid {
 namespace {
 
-constexpr const char* kOperation = "sparsifier";
+constexpr const char* kSparsifier = "sparsifier";
 
 at::Tensor slot_of(const at::Tensor& parameter, int64_t slot) {
   return slot < 0 ? parameter : parameter.select(0, slot);
@@ -26,7 +26,7 @@ at::Tensor slot_of(const at::Tensor& parameter, int64_t slot) {
 
 [[noreturn]] void fail(const std::string& argument, const std::string& value,
                        const std::string& limit) {
-  throw ConfigError(ErrorDetail{kOperation, argument, value, limit});
+  throw ConfigError(ErrorDetail{kSparsifier, argument, value, limit});
 }
 
 void check_unit(const SparseUnit& unit) {
@@ -115,11 +115,11 @@ bool StepPlan::has_update() const {
 Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
     : units_(std::move(units)), config_(std::move(config)) {
   validate(config_.schedule);
-  require(config_.grad_accum >= 1 && config_.grad_accum <= config_.schedule.every, kOperation,
+  require(config_.grad_accum >= 1 && config_.grad_accum <= config_.schedule.every, kSparsifier,
           "grad_accum", config_.grad_accum,
           "is outside [1, every=" + to_text(config_.schedule.every) + "]");
-  require(config_.min_rows >= 0, kOperation, "min_rows", config_.min_rows, "is negative");
-  require(config_.state.weight_std >= 0, kOperation, "weight_std", config_.state.weight_std,
+  require(config_.min_rows >= 0, kSparsifier, "min_rows", config_.min_rows, "is negative");
+  require(config_.state.weight_std >= 0, kSparsifier, "weight_std", config_.state.weight_std,
           "is negative");
   std::sort(units_.begin(), units_.end(),
             [](const SparseUnit& a, const SparseUnit& b) { return a.key < b.key; });
@@ -127,7 +127,7 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
   if (structure.cell == Cell::kGroup && structure.group > 0 && structure.group_keep > 0 &&
       structure.group_keep <= structure.group) {
     const Density own = Density::ratio(structure.group_keep, structure.group);
-    require(config_.budget.density == own, kOperation, "density", config_.budget.density.value(),
+    require(config_.budget.density == own, kSparsifier, "density", config_.budget.density.value(),
             "differs from " + to_text(own.value()) + ", which N:M fixes; set that");
   }
   std::vector<BudgetUnit> budget_units;
@@ -226,7 +226,7 @@ StepPlan Sparsifier::plan(int64_t step) const {
 }
 
 StepPlan Sparsifier::begin_step(int64_t step) {
-  require(step >= 0, kOperation, "step", step, "is negative");
+  require(step >= 0, kSparsifier, "step", step, "is negative");
   current_ = plan(step);
   is_started_ = true;
   // A sum that its update did not take, because a step was left out, is of no use.
@@ -238,13 +238,13 @@ StepPlan Sparsifier::begin_step(int64_t step) {
 
 void Sparsifier::require_step(const char* call, int64_t step) const {
   if (!is_started_) fail("step", to_text(step), std::string("of ") + call + " was not begun");
-  require(step == current_.step, kOperation, "step", step,
+  require(step == current_.step, kSparsifier, "step", step,
           std::string("of ") + call + " differs from step=" + to_text(current_.step) +
               " of begin_step");
 }
 
 void Sparsifier::count_rows(const UnitKey& key, int64_t num_rows) {
-  require(num_rows >= 0, kOperation, "num_rows", num_rows, "is negative");
+  require(num_rows >= 0, kSparsifier, "num_rows", num_rows, "is negative");
   find(key).num_rows += num_rows;
 }
 
@@ -352,7 +352,7 @@ Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
   input.random_key = draw_key(config_.seed, step, unit.key, UnitDraw::kRandomGrow);
   result.change = update_mask(state.layout, config_.rule, input);
   if (result.change.num_non_finite > 0) {
-    ErrorDetail detail{kOperation, "scores of " + unit.name, to_text(result.change.num_non_finite),
+    ErrorDetail detail{kSparsifier, "scores of " + unit.name, to_text(result.change.num_non_finite),
                        "are NaN or infinite; the training has diverged"};
     detail.layer = static_cast<int>(unit.key.layer);
     detail.step = step;
@@ -453,7 +453,7 @@ int64_t Sparsifier::nnz() const {
 }
 
 void Sparsifier::reset_weights(double gain) {
-  require(std::isfinite(gain) && gain >= 0, kOperation, "gain", gain,
+  require(std::isfinite(gain) && gain >= 0, kSparsifier, "gain", gain,
           "is not a finite number of 0 or more");
   const c10::NoGradGuard no_grad;
   for (size_t u = 0; u < units_.size(); ++u) {
@@ -493,9 +493,9 @@ SparsifierState Sparsifier::state_dict() const {
 }
 
 void Sparsifier::load(const SparsifierState& state) {
-  require(state.version == SparsifierState::kVersion, kOperation, "version", state.version,
+  require(state.version == SparsifierState::kVersion, kSparsifier, "version", state.version,
           "is not " + to_text(SparsifierState::kVersion) + ", which this build reads");
-  require(state.config_hash == config_hash(), kOperation, "config_hash", state.config_hash,
+  require(state.config_hash == config_hash(), kSparsifier, "config_hash", state.config_hash,
           "differs from " + to_text(config_hash()) +
               " of this configuration; resume with the one it was saved with");
   std::vector<const UnitState*> found(units_.size(), nullptr);

@@ -68,7 +68,9 @@ Gradients gradients_of(MoELayer& layer, const at::Tensor& tokens,
 }
 
 TEST(Layer, EqualsDense) {
+  int64_t index = 0;
   for (const LayerCase& c : all_cases()) {
+    if (!takes_case(index++)) continue;
     SCOPED_TRACE(name_of(c));
     const auto layer = make_layer(c, make_parallel_groups(comm::self_group()));
     const at::Tensor tokens = case_tokens(c.num_tokens);
