@@ -34,8 +34,6 @@
 namespace perseid {
 namespace {
 
-constexpr int64_t kProbeTokens = 512;
-
 /// Throws Diverged, on all ranks alike, if logits of any rank were not finite.
 void raise_non_finite(int64_t non_finite, const comm::Group& world, const comm::CallSite& site) {
   if (non_finite == 0) return;
@@ -64,24 +62,6 @@ void require_same_settings(const std::vector<RankShare>& all, int rank,
     for (const RankShare& share : all) values.push_back(share.settings[i]);
     require_same_on_ranks(values, kSettings[i], rank, site);
   }
-}
-
-/// The outputs of the selected experts, weighted and added up. @param outputs [T, E, d_out]
-at::Tensor mix(const at::Tensor& outputs, const Selection& selection) {
-  const int64_t T = outputs.size(0), E = outputs.size(1), width = outputs.size(2);
-  const int64_t G = selection.weights.size(1);
-  const gates::Routing& routing = selection.routing;
-  const at::Tensor offsets = gates::explicit_offsets(routing).contiguous();
-  const std::optional<int64_t> num_assignments = routing.num_assignments();
-  const at::Tensor token = at::repeat_interleave(
-      offsets.slice(0, 1).sub(offsets.slice(0, 0, -1)).to(at::kLong), num_assignments);
-  const at::Tensor row = token.mul(E).add(routing.expert_idx).to(at::kInt);
-  const at::Tensor weights = selection.weights.detach().to(weight_type(outputs)).contiguous();
-  at::Tensor mixed = at::empty({T, G * width}, outputs.options());
-  kernels::combine(outputs.const_data_ptr(), {int32_data(offsets), 0, int32_data(row)},
-                   weights.const_data_ptr(), G, mixed.mutable_data_ptr(), T, width,
-                   dtype_of(outputs, kMoELayer), gates::stream_of(outputs, kMoELayer));
-  return mixed;
 }
 
 /// All that several ranks need on the host, in one wait: counts, the chosen experts, local sums of
@@ -202,68 +182,6 @@ at::Tensor MoELayer::run_experts(const at::Tensor& tokens, const Selection& sele
     if (shared_output != nullptr) *shared_output = run_shared(tokens);
   });
   return combine(outputs, plan, ep, site);
-}
-
-at::Tensor MoELayer::run_every_expert(const at::Tensor& tokens, comm::CallSite site) {
-  const int64_t T = tokens.size(0), E = placement_.num_experts();
-  at::Tensor outputs;
-  comm::agree(groups_.world, site, [&] {
-    const double bytes = static_cast<double>(T) * static_cast<double>(E * experts_->d_out()) *
-                         static_cast<double>(tokens.element_size());
-    require(bytes <= static_cast<double>(probe_->max_bytes), kMoELayer, "probe.bytes", bytes,
-            "of outputs of all experts exceed max_bytes=" + to_text(probe_->max_bytes) +
-                "; use fewer held tokens, a higher limit, or probe=selected");
-    outputs = at::empty({T, E, experts_->d_out()}, tokens.options());
-  });
-  // In pieces, whose hidden values then stay small; as many on each rank.
-  int64_t longest = T;
-  comm::all_reduce(&longest, 1, comm::ReduceOp::kMax, groups_.world, site);
-  for (int64_t first = 0; first < longest; first += kProbeTokens) {
-    const int64_t begin = std::min(first, T), count = std::min(T - begin, kProbeTokens);
-    // A copy of each token for each expert: count*E tokens with one expert each.
-    Selection every;
-    every.routing.num_tokens = count * E;
-    every.routing.top_k = 1;
-    every.routing.expert_idx = at::arange(E, tokens.options().dtype(at::kInt)).repeat({count});
-    every.routing.weights = at::ones({count * E}, tokens.options().dtype(weight_type(tokens)));
-    every.weights = every.routing.weights.unsqueeze(1);
-    const at::Tensor copies = tokens.narrow(0, begin, count).repeat_interleave(E, 0);
-    outputs.narrow(0, begin, count)
-        .copy_(run_experts(copies, every, nullptr, site).view({count, E, experts_->d_out()}));
-  }
-  return outputs;
-}
-
-at::Tensor MoELayer::run_probed(const at::Tensor& tokens, const Selection& selection,
-                                at::Tensor* shared_output, comm::CallSite site) {
-  LayerProbe& probe = *probe_;
-  ++probe.num_forwards;
-  if (probe.clock) probe.last_forward = ++*probe.clock;
-  const bool keeps_outputs = probe.replay || probe.collect;
-  if (keeps_outputs) {
-    const at::NoGradGuard no_grad;
-    probe.expert_outputs.resize(std::max(probe.expert_outputs.size(), probe.batch + 1));
-    at::Tensor& outputs = probe.expert_outputs[probe.batch];
-    if (!outputs.defined()) outputs = run_every_expert(tokens.detach(), site);
-  }
-  at::Tensor mixed;
-  if (probe.replay) {
-    comm::agree(groups_.world, site, [&] {
-      mixed = mix(probe.expert_outputs[probe.batch], selection);
-      *shared_output = run_shared(tokens);
-    });
-  } else if (probe.record && !keeps_outputs) {
-    Selection watched = selection;
-    probe.pairs = selection.routing;
-    probe.delta = at::zeros_like(selection.weights).requires_grad_();
-    watched.weights = selection.weights + probe.delta;
-    return run_experts(tokens, watched, shared_output, site);
-  } else {
-    mixed = run_experts(tokens, selection, shared_output, site);
-  }
-  if (!probe.record) return mixed;
-  probe.delta = at::zeros_like(mixed).requires_grad_();
-  return mixed + probe.delta;
 }
 
 at::Tensor MoELayer::run_shared(const at::Tensor& tokens) {

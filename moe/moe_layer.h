@@ -131,7 +131,10 @@ class MoELayer : public torch::nn::Module {
   at::Tensor run_probed(const at::Tensor& tokens, const Selection& selection,
                         at::Tensor* shared_output, comm::CallSite site);
   /// Each expert on each token. [T, E, d_out]
-  at::Tensor run_every_expert(const at::Tensor& tokens, comm::CallSite site);
+  /// Runs the pairs at `places` of [T, E] (int64) and keeps what they give. Collective.
+  void run_pairs(const at::Tensor& tokens, const at::Tensor& places, KeptOutputs& kept,
+                 comm::CallSite site);
+  KeptOutputs probe_every_expert(const at::Tensor& tokens, comm::CallSite site);
   at::Tensor run_shared(const at::Tensor& tokens);  ///< undefined without a shared module
   MoEOutput finish(const MoEInput& input, const at::Tensor& combined,
                    const at::Tensor& shared_output, Decision decision);

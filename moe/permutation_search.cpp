@@ -69,7 +69,8 @@ class KeptGenerators {
 /// A model in evaluation mode, its layers with probes; put back at the end.
 class ProbedModel {
  public:
-  ProbedModel(torch::nn::Module& model, const Layers& layers, int64_t max_bytes)
+  ProbedModel(torch::nn::Module& model, const Layers& layers,
+              const PermutationSearchOptions& options)
       : layers_(layers), probes(layers.size()) {
     modes_.emplace_back(&model, model.is_training());
     for (const auto& module : model.modules(/*include_self=*/false)) {
@@ -78,7 +79,8 @@ class ProbedModel {
     model.eval();
     const auto clock = std::make_shared<int64_t>(0);
     for (size_t i = 0; i < layers.size(); ++i) {
-      probes[i].max_bytes = max_bytes;
+      probes[i].max_bytes = options.max_bytes;
+      probes[i].max_tokens = options.max_probe_tokens;
       probes[i].clock = clock;
       layers[i]->set_probe(&probes[i]);
     }
@@ -99,6 +101,11 @@ class ProbedModel {
   std::vector<LayerProbe> probes;
 };
 
+/// The rows of tokens that every expert ran for.
+Tensor of_probed(const Tensor& rows, const KeptOutputs& kept) {
+  return kept.share < 1 ? rows.index_select(0, kept.probed) : rows;
+}
+
 /// One search over the held batches.
 class Search {
  public:
@@ -110,7 +117,7 @@ class Search {
         held_loss_(held_loss),
         world_(layers.front()->groups().world),
         generators_(layers.front()->permutations().front()->expert_map.device()),
-        model_(model, layers, options.max_bytes) {
+        model_(model, layers, options) {
     for (size_t i = 0; i < layers.size(); ++i) {
       const Permutations& permutations = layers[i]->permutations();
       for (size_t p = 0; p < permutations.size(); ++p) {
@@ -283,10 +290,12 @@ class Search {
     for (int64_t g = 0; g < num_gates; ++g) {
       Tensor by_expert, is_seen;
       if (probes_all()) {
-        const Tensor dy = grad.narrow(1, g * width, width);
+        const KeptOutputs& kept = probe.kept[probe.batch];
+        const Tensor dy = of_probed(grad.narrow(1, g * width, width), kept);
         const at::ScalarType type = dy.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-        by_expert = at::bmm(probe.expert_outputs[probe.batch].to(type), dy.to(type).unsqueeze(2))
-                        .squeeze(2);
+        by_expert =
+            at::bmm(of_probed(kept.rows, kept).to(type), dy.to(type).unsqueeze(2)).squeeze(2);
+        by_expert.div_(kept.share);
       } else {
         gates::Routing pairs = probe.pairs;
         const int64_t E = permutations.front()->num_experts();
@@ -296,7 +305,8 @@ class Search {
         is_seen = gates::dense_weights(pairs, E).gt(0);
       }
       const size_t p = permutation_of(permutations, static_cast<size_t>(g));
-      const Tensor& weights = probe.output_weights[static_cast<size_t>(g)];
+      Tensor weights = probe.output_weights[static_cast<size_t>(g)];
+      if (probes_all()) weights = of_probed(weights, probe.kept[probe.batch]);
       for (size_t u = 0; u < units_.size(); ++u) {
         if (units_[u].layer != i || units_[u].permutation != p) continue;
         add_scores(weights.select(1, units_[u].unit), by_expert, is_seen, matrices[u]);
@@ -374,7 +384,7 @@ class Search {
     best_loss_ = loss;
     // The layers after the first of them now read other tokens.
     for (size_t i = 0; i < layers_.size(); ++i) {
-      if (!runs_until(i, first_layer)) model_.probes[i].expert_outputs.clear();
+      if (!runs_until(i, first_layer)) model_.probes[i].kept.clear();
     }
     require_same_maps();
   }
@@ -435,6 +445,8 @@ PermutationSearch::PermutationSearch(torch::nn::Module& model, PermutationSearch
   require(options.min_relative_gain >= 0 && std::isfinite(options.min_relative_gain),
           kPermutationSearch, "min_relative_gain", options.min_relative_gain,
           "is not a finite number from 0 on");
+  require(options.max_probe_tokens >= 1, kPermutationSearch, "max_probe_tokens",
+          options.max_probe_tokens, "is below 1; 1024 is usual");
   require(options.max_bytes >= 0, kPermutationSearch, "max_bytes", options.max_bytes, "is below 0");
   const auto add = [this](const std::shared_ptr<MoELayer>& layer) {
     if (layer == nullptr || layer->permutations().empty()) return;

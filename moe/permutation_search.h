@@ -14,9 +14,12 @@ namespace perseid {
 
 /// Which experts run on held tokens so that exchanges can be scored.
 enum class Probe : uint8_t {
-  kAll,       ///< each on every token, once in a search: a dense pass, then rounds without experts
-  kSelected,  ///< those that gates select: no dense pass, but exchanges stay unscored where a token
-              ///< would meet an expert that has not seen it, and each evaluation runs experts
+  /// All, on max_probe_tokens of each held batch; from then on those that an order selects, each
+  /// once for a token: its outputs are kept.
+  kAll,
+  /// Those that gates select: no dense pass, but exchanges stay unscored where a token would meet
+  /// an expert that has not seen it, and each evaluation runs experts.
+  kSelected,
 };
 
 struct PermutationSearchOptions {
@@ -28,7 +31,10 @@ struct PermutationSearchOptions {
   /// orders are tried.
   int64_t exhaustive_up_to = 6;
   Probe probe = Probe::kAll;
-  /// Of kept outputs of experts on one rank, for each layer and held batch.
+  /// kAll: scores are estimated from so many tokens of a held batch, evenly spread over all ranks,
+  /// or from all if there are fewer. Evaluations are exact all the same.
+  int64_t max_probe_tokens = 1024;
+  /// Of kept outputs of experts on one rank, for each layer and held batch: T E d_out elements.
   int64_t max_bytes = int64_t{1} << 30;
 };
 

@@ -4,7 +4,8 @@
 //   NeverRaises       20 random models: the loss never rises, evaluations stay within their limit
 //   BruteForce        the best of all orders for up to 6 experts; each round the best exchange
 //   Scores            M against central differences of the loss, per unit, for every gate
-//   StackedLayers     two layers: scores are derivatives of the whole model
+//   SampledScores     from every n-th token of all ranks, scaled to all
+//   StackedLayers     two layers: scores are derivatives of the whole model, losses exact
 //   KeepsState        parameters, gradients, buffers, modes and random numbers stay as they were
 //   Refuses           wrong use is named, on every rank; a search that throws leaves a valid order
 #include "moe/permutation_search.h"
@@ -399,6 +400,27 @@ TEST(PermutationSearch, Scores) {
   }
 }
 
+/// Those of the loss of the tokens that every expert ran for, times their inverse share.
+TEST(PermutationSearch, SampledScores) {
+  for (const Kind kind : kKinds) {
+    const Model model = random_model(kind, PermScope::kShared, 5, 47);
+    scramble(*model.layer, 6);
+    const auto loss_of = [&](const Tensor& kept) {
+      const Tensor error = model.layer->forward(model.tokens).output() - model.target[0];
+      return error.index_select(0, kept).square().sum();
+    };
+    PermutationSearchOptions options;
+    options.max_probe_tokens = 9;  // of 24: every third
+    const Tensor sampled = PermutationSearch(*model.layer, options).scores(1, [&](size_t) {
+      return loss_of(at::arange(24));
+    })[0];
+    const Tensor expected = PermutationSearch(*model.layer).scores(1, [&](size_t) {
+      return loss_of(at::arange(0, 24, 3));
+    })[0];
+    EXPECT_TRUE(close_to(sampled, expected * 3, 1e-12));
+  }
+}
+
 // ---- Stacked layers ----
 
 /// Two layers, the first below the second; its outputs have the width of tokens.
@@ -428,7 +450,7 @@ struct Stack : torch::nn::Module {
 
 /// Scores of both layers are derivatives of the whole model, and outputs of experts that are kept
 /// are those of the order of the moment: what the report says is what the model does.
-TEST(PermutationSearch, StackedLayers) {
+void search_stacked(int64_t max_probe_tokens) {
   std::vector<std::vector<Tensor>> maps;
   for (const int num_ranks : {1, 2}) {
     maps.emplace_back();
@@ -444,6 +466,7 @@ TEST(PermutationSearch, StackedLayers) {
       PermutationSearchOptions options;
       options.exhaustive_up_to = 0;
       options.max_evaluations = 200;
+      options.max_probe_tokens = max_probe_tokens;
       const PermutationReport report = PermutationSearch(*model, options).search_now(1, loss);
       model->eval();
       const at::NoGradGuard no_grad;
@@ -462,6 +485,9 @@ TEST(PermutationSearch, StackedLayers) {
   }
   for (size_t i = 0; i < 2; ++i) EXPECT_TRUE(maps[0][i].equal(maps[1][i]));
 }
+
+TEST(PermutationSearch, StackedLayers) { search_stacked(1024); }
+TEST(PermutationSearch, StackedSampled) { search_stacked(6); }  // every fourth token of all ranks
 
 TEST(PermutationSearch, StackedScores) {
   constexpr int64_t E = 5;
@@ -556,6 +582,8 @@ TEST(PermutationSearch, Refuses) {
        "candidates_per_round", "0", "below 1"},
       {search([](auto& o) { o.min_relative_gain = NAN; }), "permutation_search",
        "min_relative_gain", "nan", "finite"},
+      {search([](auto& o) { o.max_probe_tokens = 0; }), "permutation_search", "max_probe_tokens",
+       "0", "below 1"},
       {search([](auto& o) { o.max_bytes = 100; }), "moe_layer", "probe.bytes", "3072",
        "max_bytes=100"},
       {[&] { PermutationSearch(*model.layer).search_now(0, held); }, "permutation_search",
