@@ -32,6 +32,7 @@ struct Case {
   Kind kind;
   PermScope scope;
   int num_gates;
+  int64_t max_probe_tokens = 1024;  ///< of a held batch
 };
 
 std::shared_ptr<gates::Gate> make_gate(Kind kind, int64_t gate_id) {
@@ -100,7 +101,9 @@ class PermutationRepair : public ::testing::TestWithParam<Case> {};
 INSTANTIATE_TEST_SUITE_P(
     All, PermutationRepair,
     ::testing::Values(Case{"top_k", Kind::kTopK, PermScope::kShared, 1},
+                      Case{"top_k_sampled", Kind::kTopK, PermScope::kShared, 1, kBatch / 4},
                       Case{"dselect_k", Kind::kDSelectK, PermScope::kShared, 1},
+                      Case{"dselect_k_sampled", Kind::kDSelectK, PermScope::kShared, 1, kBatch / 4},
                       Case{"comet", Kind::kComet, PermScope::kShared, 1},
                       Case{"top_k_two_gates", Kind::kTopK, PermScope::kPerGate, 2},
                       Case{"comet_by_tree", Kind::kComet, PermScope::kPerTree, 1}),
@@ -128,7 +131,10 @@ TEST_P(PermutationRepair, ScrambledOrderIsFound) {
       permutation->set_map(
           random_tensor({permutation->num_units(), kE}, seed++, 0, 1).argsort(int64_t{1}));
     }
-    const PermutationReport report = PermutationSearch(*layer).search_now(held.size(), held_loss);
+    PermutationSearchOptions options;
+    options.max_probe_tokens = GetParam().max_probe_tokens;
+    const PermutationReport report =
+        PermutationSearch(*layer, options).search_now(held.size(), held_loss);
     recovered += report.loss_after <= unscrambled * (1 + 1e-6) ? 1 : 0;
     evaluations += report.evaluations;
     most = std::max(most, report.evaluations);
