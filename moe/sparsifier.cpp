@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "comm/agree.h"
 #include "moe/optimizer_states.h"
 #include "moe/sparsifier_unit.h"
 
@@ -13,8 +14,9 @@ namespace perseid {
 namespace {
 
 void check_unit(const SparseUnit& unit) {
-  if (!unit.parameter.defined())
+  if (!unit.parameter.defined()) {
     fail_sparsifier("parameter of " + unit.name, "undefined", "is missing");
+  }
   const int64_t wanted = unit.slot < 0 ? 2 : 3;
   if (unit.parameter.dim() != wanted) {
     fail_sparsifier("parameter of " + unit.name, to_text(unit.parameter.sizes()),
@@ -24,11 +26,35 @@ void check_unit(const SparseUnit& unit) {
     fail_sparsifier("slot of " + unit.name, to_text(unit.slot),
                     "is outside its parameter of " + to_text(unit.parameter.size(0)) + " experts");
   }
+  const int64_t out = unit.parameter.size(-2);
+  if (unit.num_out >= 0 && (unit.first_out < 0 || unit.first_out + unit.num_out > out)) {
+    fail_sparsifier("rows of " + unit.name,
+                    to_text(unit.first_out) + " to " + to_text(unit.first_out + unit.num_out),
+                    "are outside its weight of " + to_text(out) + " rows");
+  }
   if (!at::isFloatingType(unit.parameter.scalar_type())) {
     fail_sparsifier("parameter of " + unit.name, to_text(unit.parameter.scalar_type()),
                     "is not a floating-point type");
   }
+  const bool has_counter = unit.link == nullptr && unit.row_counts != nullptr;
+  if (has_counter && unit.row_slot >= unit.row_counts->rows.size()) {
+    fail_sparsifier(
+        "row_slot of " + unit.name, to_text(unit.row_slot),
+        "is outside the counter of " + to_text(unit.row_counts->rows.size()) + " experts");
+  }
 }
+
+/// Whether both have an entry of one parameter.
+bool overlap(const SparseUnit& a, const SparseUnit& b) {
+  if (!a.parameter.is_same(b.parameter) || a.slot != b.slot) return false;
+  const auto end = [](const SparseUnit& unit) {
+    return unit.num_out < 0 ? unit.parameter.size(-2) : unit.first_out + unit.num_out;
+  };
+  const auto begin = [](const SparseUnit& unit) { return unit.num_out < 0 ? 0 : unit.first_out; };
+  return begin(a) < end(b) && begin(b) < end(a);
+}
+
+bool is_part(const SparseUnit& unit) { return unit.slot >= 0 || unit.num_out >= 0; }
 
 }  // namespace
 
@@ -36,17 +62,28 @@ bool StepPlan::has_update() const {
   return std::find(actions.begin(), actions.end(), UnitAction::kUpdate) != actions.end();
 }
 
-Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
-    : units_(std::move(units)), config_(std::move(config)) {
-  validate(config_.schedule);
-  require(config_.grad_accum >= 1 && config_.grad_accum <= config_.schedule.every, kSparsifier,
+double SparsityTotals::density() const {
+  return static_cast<double>(nnz) / static_cast<double>(std::max<int64_t>(1, size));
+}
+double SparsityTotals::itop_rate() const {
+  return static_cast<double>(ever_active) / static_cast<double>(std::max<int64_t>(1, num_atoms));
+}
+
+/// What this rank was given, units ordered by key.
+void Sparsifier::check_arguments() const {
+  const Schedule& schedule = config_.schedule;
+  validate(schedule);
+  require(config_.grad_accum >= 1 && config_.grad_accum <= schedule.every, kSparsifier,
           "grad_accum", config_.grad_accum,
-          "is outside [1, every=" + to_text(config_.schedule.every) + "]");
+          "is outside [1, every=" + to_text(schedule.every) + "]");
+  const bool has_tokens = schedule.clock == Clock::kTokens;
+  require(config_.grad_accum == 1 || !has_tokens, kSparsifier, "grad_accum", config_.grad_accum,
+          "is above 1, but with the token clock nobody knows when an update comes");
   require(config_.min_rows >= 0, kSparsifier, "min_rows", config_.min_rows, "is negative");
   require(config_.state.weight_std >= 0, kSparsifier, "weight_std", config_.state.weight_std,
           "is negative");
-  std::sort(units_.begin(), units_.end(),
-            [](const SparseUnit& a, const SparseUnit& b) { return a.key < b.key; });
+  require(config_.all_units.empty() || groups_.world.size() == 1, kSparsifier, "all_units",
+          config_.all_units.size(), "are listed, but ranks tell each other; leave it empty");
   const Structure& structure = config_.structure;
   if (structure.cell == Cell::kGroup && structure.group > 0 && structure.group_keep > 0 &&
       structure.group_keep <= structure.group) {
@@ -54,8 +91,6 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
     require(config_.budget.density == own, kSparsifier, "density", config_.budget.density.value(),
             "differs from " + to_text(own.value()) + ", which N:M fixes; set that");
   }
-  std::vector<BudgetUnit> budget_units;
-  std::vector<UnitKey> keys;
   for (size_t u = 0; u < units_.size(); ++u) {
     const SparseUnit& unit = units_[u];
     check_unit(unit);
@@ -64,59 +99,107 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
                       "has the key of " + units_[u - 1].name + " (" + to_string(unit.key) + ")");
     }
     for (size_t other = 0; other < u; ++other) {
-      if (units_[other].parameter.is_same(unit.parameter) && units_[other].slot == unit.slot) {
+      if (overlap(units_[other], unit)) {
         fail_sparsifier("units", unit.name, "is the same weight as " + units_[other].name);
       }
     }
-    if (config_.order == UpdateOrder::kInsteadOfStep && config_.schedule.stagger &&
-        unit.slot >= 0) {
+    if (config_.order == UpdateOrder::kInsteadOfStep && is_part(unit) &&
+        (schedule.stagger || has_tokens)) {
       fail_sparsifier("order", "instead_of_step",
                       "cannot leave out one expert of " + unit.name +
                           " alone when updates are staggered; choose before_step");
     }
-    Unit state;
-    const at::Tensor weight = unit.weight();
-    state.layout = make_layout(structure, weight.size(0), weight.size(1), unit.name);
+    if (has_tokens && unit.holders == Holders::kReplicas && unit.link == nullptr &&
+        unit.row_counts == nullptr && !unit.counts_rows) {
+      fail_sparsifier("clock", "tokens",
+                      "needs the rows of " + unit.name + ", which nobody counts");
+    }
+    if (unit.link != nullptr && unit.link->accumulate) {
+      fail_sparsifier("units", unit.name, "belongs to another Sparsifier");
+    }
+  }
+}
+
+Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
+                       ParallelGroups groups)
+    : units_(std::move(units)), config_(std::move(config)), groups_(std::move(groups)) {
+  std::sort(units_.begin(), units_.end(),
+            [](const SparseUnit& a, const SparseUnit& b) { return a.key < b.key; });
+  const comm::CallSite site{.operation = kSparsifier};
+  comm::agree(groups_.world, site, [this] { check_arguments(); });
+  know_units(site);
+
+  // From here on all ranks do the same with the same numbers.
+  std::vector<AtomLayout> layouts;
+  std::vector<BudgetUnit> budget_units;
+  std::vector<UnitKey> keys;
+  for (const Known& known : known_) {
+    const AtomLayout layout = make_layout(config_.structure, known.out, known.in, known.name);
     BudgetUnit budget_unit;
-    budget_unit.name = unit.name;
-    budget_unit.out = state.layout.rows * state.layout.atom_rows;
-    budget_unit.in = state.layout.cols * state.layout.atom_cols;
-    budget_unit.granule = state.layout.granule();
-    budget_unit.floor = state.layout.smallest_budget();
-    if (state.layout.group_keep > 0) budget_unit.ceiling = budget_unit.floor;
+    budget_unit.name = known.name;
+    budget_unit.out = layout.rows * layout.atom_rows;
+    budget_unit.in = layout.cols * layout.atom_cols;
+    budget_unit.granule = layout.granule();
+    budget_unit.floor = layout.smallest_budget();
+    if (layout.group_keep > 0) budget_unit.ceiling = budget_unit.floor;
     budget_units.push_back(budget_unit);
-    keys.push_back(unit.key);
-    states_.push_back(std::move(state));
+    keys.push_back(known.key);
+    layouts.push_back(layout);
   }
   const Allocation allocation = allocate(config_.budget, budget_units);
   budget_rest_ = allocation.rest;
   const std::vector<UnitKey>& all = config_.all_units.empty() ? keys : config_.all_units;
   const std::vector<int64_t> offsets = update_offsets(config_.schedule, all);
-  for (size_t u = 0; u < units_.size(); ++u) {
-    const auto place = std::find(all.begin(), all.end(), keys[u]);
-    if (place == all.end())
-      fail_sparsifier("all_units", to_string(keys[u]), "is missing; list all units");
-    states_[u].offset = offsets[static_cast<size_t>(place - all.begin())];
-    if (units_[u].link != nullptr && units_[u].link->accumulate) {
-      fail_sparsifier("units", units_[u].name, "belongs to another Sparsifier");
+  for (Known& known : known_) {
+    const auto place = std::find(all.begin(), all.end(), known.key);
+    if (place == all.end()) {
+      fail_sparsifier("all_units", to_string(known.key), "is missing; list all units");
     }
+    known.offset = offsets[static_cast<size_t>(place - all.begin())];
   }
+  mean_rows_ = config_.schedule.mean_rows;
   // Nothing is refused from here on: links point to this.
+  size_t place = 0;
   for (size_t u = 0; u < units_.size(); ++u) {
-    set_mask(u, random_mask(states_[u].layout, allocation.nnz[u],
-                            draw_key(config_.seed, 0, keys[u], UnitDraw::kFirstMask)));
-    if (units_[u].link == nullptr) continue;
-    units_[u].link->accumulate = [this, u](const at::Tensor& x, const at::Tensor& delta) {
-      states_[u].num_rows += x.size(0);
-      const bool is_wanted = is_started_ && current_.actions[u] != UnitAction::kNone;
-      if (is_wanted && needs_gradient()) add_gradient(u, delta.t().mm(x));
-    };
+    const SparseUnit& unit = units_[u];
+    while (known_[place].key != unit.key) ++place;
+    Unit state;
+    state.layout = layouts[place];
+    state.place = place;
+    states_.push_back(std::move(state));
+    set_mask(u, random_mask(layouts[place], allocation.nnz[place],
+                            draw_key(config_.seed, 0, unit.key, UnitDraw::kFirstMask)));
+    if (unit.link != nullptr) {
+      unit.link->accumulate = [this, u](const at::Tensor& x, const at::Tensor& delta) {
+        Unit& mine = states_[u];
+        mine.num_pending += x.size(0);
+        const bool is_wanted = is_started_ && current_.actions[u] != UnitAction::kNone;
+        if (!is_wanted || !needs_gradient()) return;
+        const c10::NoGradGuard no_grad;
+        const at::Tensor gradient = delta.t().mm(x);
+        const bool is_double = gradient.scalar_type() == at::kDouble;
+        if (!mine.link_gradient.defined()) {
+          mine.link_gradient = at::zeros(
+              gradient.sizes(), gradient.options().dtype(is_double ? at::kDouble : at::kFloat));
+        }
+        mine.link_gradient.add_(gradient);
+      };
+    } else if (unit.row_counts != nullptr) {
+      ++unit.row_counts->num_readers;
+      states_[u].num_rows_seen = unit.row_counts->rows[unit.row_slot];
+    }
   }
 }
 
 Sparsifier::~Sparsifier() {
-  for (const SparseUnit& unit : units_) {
-    if (unit.link != nullptr) *unit.link = {};
+  // Fewer states: the constructor has thrown before it took them.
+  for (size_t u = 0; u < states_.size(); ++u) {
+    const SparseUnit& unit = units_[u];
+    if (unit.link != nullptr) {
+      *unit.link = {};
+    } else if (unit.row_counts != nullptr) {
+      --unit.row_counts->num_readers;
+    }
   }
 }
 
@@ -125,23 +208,55 @@ void Sparsifier::attach(torch::optim::Optimizer& optimizer) {
   const bool is_used = std::any_of(units_.begin(), units_.end(), [&](const SparseUnit& unit) {
     return holds(optimizer, unit.parameter);
   });
-  if (!is_used && !units_.empty())
+  if (!is_used && !units_.empty()) {
     fail_sparsifier("optimizer", "given", "holds no parameter of a unit");
+  }
   optimizers_.push_back(&optimizer);
 }
 
 bool Sparsifier::needs_gradient() const { return config_.rule.grow == GrowCriterion::kGrad; }
 
+bool Sparsifier::has_token_clock(const Known& unit) const {
+  return config_.schedule.clock == Clock::kTokens && unit.holders == Holders::kReplicas;
+}
+
+/// Of an expert in a step; 0 while it is being measured.
+double Sparsifier::mean_rows(int64_t step) const {
+  if (mean_rows_ > 0 || step < config_.schedule.begin) return mean_rows_;
+  int64_t num_units = 0, num_rows = 0;
+  for (const Known& unit : known_) {
+    if (!has_token_clock(unit)) continue;
+    ++num_units;
+    num_rows += unit.total_rows;
+  }
+  const auto num_parts = static_cast<double>(num_units * num_counted_steps_);
+  return num_parts > 0 ? static_cast<double>(num_rows) / num_parts : 0;
+}
+
+double Sparsifier::time_of(const Known& unit, int64_t step) const {
+  if (!has_token_clock(unit)) return static_cast<double>(step);
+  const double mean = mean_rows(step);
+  return mean > 0 ? static_cast<double>(unit.total_rows) / mean : -1;
+}
+
+bool Sparsifier::is_due(const Known& unit, int64_t step) const {
+  const Schedule& schedule = config_.schedule;
+  if (!has_token_clock(unit)) return is_update_step(schedule, step, unit.offset);
+  if (step < schedule.begin || step >= schedule.end_step()) return false;
+  return update_window(schedule, time_of(unit, step), unit.offset) > unit.window;
+}
+
 StepPlan Sparsifier::plan(int64_t step) const {
   StepPlan result;
   result.step = step;
-  for (const Unit& unit : states_) {
+  for (const Unit& state : states_) {
+    const Known& unit = known_[state.place];
     UnitAction action = UnitAction::kNone;
-    if (is_update_step(config_.schedule, step, unit.offset)) {
+    if (is_due(unit, step)) {
       action = UnitAction::kUpdate;
     } else if (needs_gradient()) {
       for (int64_t ahead = 1; ahead < config_.grad_accum; ++ahead) {
-        if (!is_update_step(config_.schedule, step + ahead, unit.offset)) continue;
+        if (!is_due(unit, step + ahead)) continue;
         action = UnitAction::kAccumulate;
         break;
       }
@@ -153,18 +268,36 @@ StepPlan Sparsifier::plan(int64_t step) const {
 
 StepPlan Sparsifier::begin_step(int64_t step) {
   require(step >= 0, kSparsifier, "step", step, "is negative");
+  const Schedule& schedule = config_.schedule;
+  const bool is_measured = schedule.clock == Clock::kTokens && mean_rows_ == 0 &&
+                           step >= schedule.begin && step < schedule.end_step();
+  if (is_measured && std::any_of(known_.begin(), known_.end(),
+                                 [this](const Known& unit) { return has_token_clock(unit); })) {
+    const double mean = mean_rows(step);
+    require(mean > 0, kSparsifier, "mean_rows", mean,
+            "was measured in the " + to_text(num_counted_steps_) +
+                " steps so far; train before begin=" + to_text(schedule.begin) + ", or set it");
+    mean_rows_ = mean;
+  }
   current_ = plan(step);
+  due_.clear();
+  for (size_t i = 0; i < known_.size(); ++i) {
+    known_[i].time = time_of(known_[i], step);
+    if (is_due(known_[i], step)) due_.push_back(i);
+  }
   is_started_ = true;
   // A sum that its update did not take, because a step was left out, is of no use.
   for (size_t u = 0; u < units_.size(); ++u) {
+    states_[u].link_gradient = at::Tensor();
     if (current_.actions[u] == UnitAction::kNone) states_[u].grad_sum = at::Tensor();
   }
   return current_;
 }
 
 void Sparsifier::require_step(const char* call, int64_t step) const {
-  if (!is_started_)
+  if (!is_started_) {
     fail_sparsifier("step", to_text(step), std::string("of ") + call + " was not begun");
+  }
   require(step == current_.step, kSparsifier, "step", step,
           std::string("of ") + call + " differs from step=" + to_text(current_.step) +
               " of begin_step");
@@ -172,7 +305,7 @@ void Sparsifier::require_step(const char* call, int64_t step) const {
 
 void Sparsifier::count_rows(const UnitKey& key, int64_t num_rows) {
   require(num_rows >= 0, kSparsifier, "num_rows", num_rows, "is negative");
-  find(key).num_rows += num_rows;
+  find(key).num_pending += num_rows;
 }
 
 void Sparsifier::add_gradient(size_t u, const at::Tensor& gradient) {
@@ -186,12 +319,21 @@ void Sparsifier::add_gradient(size_t u, const at::Tensor& gradient) {
 UpdateReport Sparsifier::end_backward(int64_t step) {
   require_step("end_backward", step);
   const c10::NoGradGuard no_grad;
-  for (size_t u = 0; u < units_.size(); ++u) {
-    const SparseUnit& unit = units_[u];
-    const bool is_wanted = current_.actions[u] != UnitAction::kNone && needs_gradient();
-    if (is_wanted && unit.link == nullptr && unit.parameter.grad().defined()) {
-      add_gradient(u, slot_of(unit.parameter.grad(), unit.slot));
+  const comm::CallSite site{.operation = kSparsifier, .step = step};
+  if (needs_gradient()) {
+    add_link_gradients(Holders::kAllRanks, site);
+    add_link_gradients(Holders::kReplicas, site);
+    for (size_t u = 0; u < units_.size(); ++u) {
+      const SparseUnit& unit = units_[u];
+      const bool is_wanted = current_.actions[u] != UnitAction::kNone && unit.link == nullptr;
+      if (is_wanted && unit.parameter.grad().defined()) {
+        add_gradient(u, unit.part_of(unit.parameter.grad()));
+      }
     }
+  }
+  if (config_.schedule.clock == Clock::kTokens) {
+    sum_rows(site);
+    ++num_counted_steps_;
   }
   UpdateReport report;
   report.step = step;
@@ -203,7 +345,7 @@ UpdateReport Sparsifier::end_backward(int64_t step) {
         current_.actions[u] == UnitAction::kUpdate) {
       gradient = at::Tensor();
     } else {
-      slot_of(gradient, units_[u].slot).masked_fill_(states_[u].inactive, 0);
+      units_[u].part_of(gradient).masked_fill_(states_[u].inactive, 0);
     }
   }
   return report;
@@ -250,6 +392,7 @@ UnitStats Sparsifier::stats(const UnitKey& key) const {
       static_cast<double>(unit.ever_active.count()) / static_cast<double>(unit.layout.num_atoms());
   stats.num_updates = unit.num_updates;
   stats.num_skipped = unit.num_skipped;
+  if (unit.num_updates > 0) stats.churn = unit.churn_sum / static_cast<double>(unit.num_updates);
   stats.fingerprint = unit.mask.fingerprint();
   return stats;
 }

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <utility>
 
+#include "comm/agree.h"
 #include "moe/optimizer_states.h"
 #include "moe/sparsifier_unit.h"
 #include "moe/tensor_types.h"
@@ -36,13 +37,34 @@ double mean_where(const at::Tensor& values, const at::Tensor& is_counted) {
 }  // namespace
 
 UpdateReport Sparsifier::update(int64_t step) {
-  // All are proposed before any is made: an error leaves everything as it was.
-  std::vector<Proposal> proposals;
-  for (size_t u = 0; u < units_.size(); ++u) {
-    if (current_.actions[u] == UnitAction::kUpdate) proposals.push_back(propose(u, step));
-  }
   UpdateReport report;
   report.step = step;
+  if (due_.empty()) return report;  // of all ranks
+  const comm::CallSite site{.operation = kSparsifier, .step = step};
+  if (config_.schedule.clock == Clock::kStep) sum_rows(site);
+  // All are proposed and compared before any is made: an error leaves everything as it was.
+  std::vector<Proposal> proposals;
+  comm::agree(groups_.world, site, [&] {
+    for (size_t u = 0; u < units_.size(); ++u) {
+      if (current_.actions[u] == UnitAction::kUpdate) proposals.push_back(propose(u, step));
+    }
+  });
+  std::vector<size_t> units;
+  std::vector<uint64_t> fingerprints;
+  for (const Proposal& proposal : proposals) {
+    const bool is_skipped = proposal.report.skipped != SkipReason::kNotSkipped;
+    const PackedMask& mask = is_skipped ? states_[proposal.unit].mask : proposal.change.mask;
+    units.push_back(proposal.unit);
+    fingerprints.push_back(kernels::splitmix64(mask.fingerprint() ^ (is_skipped ? 1 : 0)));
+  }
+  require_same_fingerprints(units, fingerprints, "mask", site);
+
+  for (const size_t i : due_) {
+    Known& unit = known_[i];
+    if (has_token_clock(unit)) {
+      unit.window = update_window(config_.schedule, unit.time, unit.offset);
+    }
+  }
   for (const Proposal& proposal : proposals) {
     Unit& state = states_[proposal.unit];
     report.units.push_back(proposal.report);
@@ -51,9 +73,14 @@ UpdateReport Sparsifier::update(int64_t step) {
       ++state.num_skipped;
       continue;
     }
+    const int64_t num_active = state.mask.count();
     apply(proposal.unit, step, proposal.change);
     state.num_rows = 0;
     ++state.num_updates;
+    if (num_active > 0) {
+      state.churn_sum +=
+          static_cast<double>(proposal.report.num_dropped) / static_cast<double>(num_active);
+    }
   }
   return report;
 }
@@ -65,8 +92,7 @@ Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
   result.unit = u;
   result.report.key = unit.key;
   const at::Tensor& gradient = state.grad_sum;
-  const bool counts_rows = unit.link != nullptr || unit.counts_rows;
-  if (counts_rows && state.num_rows < config_.min_rows) {
+  if (known_[state.place].counts_rows && state.num_rows < config_.min_rows) {
     result.report.skipped = SkipReason::kFewRows;
   } else if (needs_gradient() && !gradient.defined()) {
     result.report.skipped = SkipReason::kNoGradient;
@@ -84,7 +110,7 @@ Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
   input.ever_active = &state.ever_active;
   input.drop_scores = drop_scores.const_data_ptr<float>();
   if (grow_scores.defined()) input.grow_scores = grow_scores.const_data_ptr<float>();
-  input.fraction = drop_fraction(config_.schedule, step);
+  input.fraction = drop_fraction(config_.schedule, known_[state.place].time);
   input.drop_key = draw_key(config_.seed, step, unit.key, UnitDraw::kDrop);
   input.grow_key = draw_key(config_.seed, step, unit.key, UnitDraw::kGrow);
   input.random_key = draw_key(config_.seed, step, unit.key, UnitDraw::kRandomGrow);
@@ -124,10 +150,10 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
   for (torch::optim::Optimizer* const optimizer : optimizers_) {
     const OptimizerStates states = states_of(*optimizer, unit.parameter);
     for (const at::Tensor& momentum : states.momentum) {
-      slot_of(momentum, unit.slot).masked_fill_(changed, 0);
+      unit.part_of(momentum).masked_fill_(changed, 0);
     }
     for (const at::Tensor& moments : states.second_moment) {
-      const at::Tensor moment = slot_of(moments, unit.slot);
+      const at::Tensor moment = unit.part_of(moments);
       moment.masked_fill_(changed, 0);
       if (config_.state.second_moment == GrownSecondMoment::kMean) {
         moment.masked_fill_(grown, mean_where(moment, untouched));
