@@ -38,11 +38,11 @@ class Experts : public torch::nn::Module {
   int64_t d_in() const { return d_in_; }
   int64_t d_out() const { return d_out_; }
 
-  /// The matrices that a Sparsifier can keep sparse, with the names
-  /// "layer<layer>.expert<id>.<matrix>"
-  /// ("layer<layer>.shared<id>.<matrix>" if replicated()): include moe/sparsifier.h. Gradients are
-  /// those of the parameters and rows are counted. Throws ConfigError for experts without such
-  /// matrices and for a pattern that no matrix of theirs fits.
+  /// The matrices that a Sparsifier can keep sparse (include moe/sparsifier.h), with the names
+  /// "layer<layer>.expert<id>.<matrix>", "layer<layer>.shared<id>.<matrix>" if replicated(). Their
+  /// gradients are those of the parameters, and rows are counted. Throws ConfigError for experts
+  /// without such matrices and for a pattern that no matrix of theirs fits; a rank without experts
+  /// has none and cannot tell.
   /// @param layer    tells the layers of a model apart
   /// @param pattern  of the names of matrices, * stands for any text
   std::vector<SparseUnit> sparse_units(int64_t layer, const std::string& pattern = "*") const;

@@ -1,11 +1,10 @@
 // Sparse experts of train_fashion.
-//   Flags             values, defaults, and what is refused with a flag and a reason
-//   Config            exact densities, schedules of each method
-//   SameAtAnyRankCount  a few steps with each method in one process, on 2 and 4 threads as ranks,
-//   with
-//                     replicas: masks are equal, losses and weights to 1e-12; the density is exact
-//   Multi             the same for two tasks on shared modules
-//   Texts             lines, tables and JSON with sparse experts, and none of it without
+//   Flags       values, defaults, and what is refused with a flag and a reason
+//   Config      exact densities, schedules of each method
+//   AnyRanks    a few steps with each method in one process, on 2 and 4 threads as ranks, with
+//               replicas: masks are equal, losses to 1e-12; the density is exact
+//   Multi       the same for two tasks on shared modules
+//   Texts       lines, tables and JSON with sparse experts, and none of it without
 #include "examples/train_fashion/sparsity.h"
 
 #include <ATen/Parallel.h>
@@ -133,7 +132,7 @@ void expect_same(const Result& a, const Result& b) {
   EXPECT_EQ(a.sparsity.itop_rate, b.sparsity.itop_rate);
 }
 
-TEST(Sparsity, SameAtAnyRankCount) {
+TEST(Sparsity, AnyRanks) {
   at::set_num_threads(1);
   for (const SparseMethod method :
        {SparseMethod::kStatic, SparseMethod::kSet, SparseMethod::kRigl}) {

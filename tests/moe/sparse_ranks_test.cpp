@@ -1,21 +1,22 @@
 // The Sparsifier on the experts of a layer, over ranks (threads), float64.
-//   SameMasks        P = 1, 2, 4, every ep_size; static, SET, RigL, staggered, constant fan-in: the
+//   SameMasks        P = 1, 2, 4, 8, any ep_size; static, SET, RigL, staggered, constant fan-in:
+//   the
 //                    masks of one process, per global expert; weights within 1e-11
 //   SameBits         one replica of each expert, strict: weights too, bit for bit
 //   IgnoresOrder     other host seeds on each rank and shuffled units: the same masks
 //   RowsOfThePlan    rows of each expert: once for two gates, after capacity, of all ranks
 //   Idle             an expert without tokens is skipped and unchanged; one token, a gradient of
-//   rank
-//                    1, keeps the budget
+//                    rank 1, keeps the budget
 //   ManyUpdates      200 updates of half of all: floors, equal cells and the global sum hold
 //   Staggered        ranks together update each unit once per window, none after the end
 //   TokenClock       uniform load: the step clock; twice the load: twice as often; none: never; not
 //                    after the end of either clock; measured means; resumed
-//   FlippedBit       in the mask of one replica: every rank throws, names unit and ranks; nothing
-//   moved Disagree         configurations, units, shapes; a NaN on one rank: every rank throws
+//   FlippedBit       in the mask of one replica: all ranks throw, name unit and ranks; no change
+//   NonFinite        a NaN on one rank: all ranks throw, name unit and step; no change
+//   Disagree         configurations, units, shapes: all ranks throw the same
 //   Checkpoint       P 4 -> 2 -> 8 inside a window of gradients: the run of one process; the same
-//   P:
-//                    bit for bit; missing masks, old versions and states that differ are refused
+//                    P: bit for bit
+//   LoadRefused      missing masks, old versions, states that differ between ranks
 //   Units            names and keys of experts of all kinds, shared ones and modules; patterns
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
@@ -628,7 +629,7 @@ TEST(SparseRanks, FlippedBit) {
   }
 }
 
-TEST(SparseRanks, NonFiniteOnOneRank) {
+TEST(SparseRanks, NonFinite) {
   at::set_num_threads(1);
   const auto texts = texts_of_ranks<Diverged>(
       [&](int rank, Sparsifier& sparsifier, const std::vector<SparseUnit>& units) {
