@@ -1,10 +1,13 @@
 #include "moe/experts.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "gates/describe.h"
 #include "gates/device.h"
 #include "kernels/error.h"
+#include "moe/row_counts.h"
+#include "moe/sparsifier.h"
 #include "moe/tensor_types.h"
 #include "moe/threads.h"
 
@@ -14,7 +17,8 @@ Experts::Experts(std::string name, std::vector<int64_t> expert_ids, int64_t d_in
     : torch::nn::Module(std::move(name)),
       expert_ids_(std::move(expert_ids)),
       d_in_(d_in),
-      d_out_(d_out) {
+      d_out_(d_out),
+      row_counts_(std::make_shared<RowCounts>()) {
   const char* operation = this->name().c_str();
   const auto require_width = [operation](const char* argument, int64_t width) {
     require(width >= 1, operation, argument, width, "must be at least 1");
@@ -30,7 +34,36 @@ Experts::Experts(std::string name, std::vector<int64_t> expert_ids, int64_t d_in
     require(slot == 0 || expert_ids_[slot] > expert_ids_[slot - 1], operation, argument.c_str(),
             expert_ids_[slot], "must be larger than the id before it; sort the ids, each once");
   }
+  row_counts_->rows.resize(expert_ids_.size());
   use_libtorch_threads();
+}
+
+std::vector<SparseUnit> Experts::matrices() const { return {}; }
+
+std::vector<SparseUnit> Experts::sparse_units(int64_t layer, const std::string& pattern) const {
+  std::vector<SparseUnit> units = matrices();
+  // A rank without experts has none, which is no mistake.
+  require(!units.empty() || expert_ids_.empty(), name().c_str(), "sparse_units", "none",
+          "of these experts' parameters can be sparse; override Experts::matrices");
+  std::string names;
+  for (const SparseUnit& unit : units) {
+    if (unit.key.expert == expert_ids_.front()) names += (names.empty() ? "" : ", ") + unit.name;
+  }
+  std::erase_if(units, [&](const SparseUnit& unit) { return !fits_pattern(pattern, unit.name); });
+  require(!units.empty() || expert_ids_.empty(), name().c_str(), "pattern", pattern,
+          "fits none of " + names + "; correct it");
+  for (SparseUnit& unit : units) {
+    const int64_t id = unit.key.expert;
+    const auto slot = std::find(expert_ids_.begin(), expert_ids_.end(), id) - expert_ids_.begin();
+    unit.name = "layer" + to_text(layer) + (replicated_ ? ".shared" : ".expert") + to_text(id) +
+                "." + unit.name;
+    unit.key.layer = layer;
+    if (replicated_) unit.key.expert = -1 - id;
+    unit.holders = replicated_ ? Holders::kAllRanks : Holders::kReplicas;
+    unit.row_counts = row_counts_;
+    unit.row_slot = static_cast<size_t>(slot);
+  }
+  return units;
 }
 
 void Experts::require_inputs(const at::Tensor& rows, const at::Tensor& weights,

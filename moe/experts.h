@@ -12,6 +12,9 @@
 
 namespace perseid {
 
+struct RowCounts;
+struct SparseUnit;
+
 /// The experts of one rank. Parameters belong to this rank unless they are replicated(): a trainer
 /// must not sum their gradients over ranks that hold other experts (moe/gradients.h does it right).
 class Experts : public torch::nn::Module {
@@ -35,6 +38,15 @@ class Experts : public torch::nn::Module {
   int64_t d_in() const { return d_in_; }
   int64_t d_out() const { return d_out_; }
 
+  /// The matrices that a Sparsifier can keep sparse (include moe/sparsifier.h), with the names
+  /// "layer<layer>.expert<id>.<matrix>", "layer<layer>.shared<id>.<matrix>" if replicated(). Their
+  /// gradients are those of the parameters, and rows are counted. Throws ConfigError for experts
+  /// without such matrices and for a pattern that no matrix of theirs fits; a rank without experts
+  /// has none and cannot tell.
+  /// @param layer    tells the layers of a model apart
+  /// @param pattern  of the names of matrices, * stands for any text
+  std::vector<SparseUnit> sparse_units(int64_t layer, const std::string& pattern = "*") const;
+
   /// True: every rank holds the same experts (shared experts of a layer), so their parameters count
   /// as dense and their gradients are summed over all ranks. Set before training.
   bool replicated() const { return replicated_; }
@@ -45,11 +57,18 @@ class Experts : public torch::nn::Module {
   void require_inputs(const at::Tensor& rows, const at::Tensor& weights,
                       const std::shared_ptr<const RoutingPlan>& plan) const;
 
+  /// For sparse_units, without names of layers and experts: name is that of the matrix, key.expert
+  /// the global id, key.matrix and the place in its parameter are set. By default none. Experts
+  /// that have any must call row_counts()->add(plan->local) once in each backward.
+  virtual std::vector<SparseUnit> matrices() const;
+  const std::shared_ptr<RowCounts>& row_counts() const { return row_counts_; }
+
  private:
   std::vector<int64_t> expert_ids_;
   int64_t d_in_;
   int64_t d_out_;
   bool replicated_ = false;
+  std::shared_ptr<RowCounts> row_counts_;
 };
 
 }  // namespace perseid

@@ -16,7 +16,9 @@
 #include "moe/grouped_rows.h"
 #include "moe/mlp_core.h"
 #include "moe/products.h"
+#include "moe/row_counts.h"
 #include "moe/segments.h"
+#include "moe/sparsifier.h"
 #include "moe/tensor_types.h"
 #include "moe/threads.h"
 
@@ -27,17 +29,25 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 using PlanPtr = std::shared_ptr<const RoutingPlan>;
+using RowCountsPtr = std::shared_ptr<RowCounts>;
 
 struct PlanHolder : torch::CustomClassHolder {
-  explicit PlanHolder(PlanPtr plan_) : plan(std::move(plan_)) {}
+  PlanHolder(PlanPtr plan_, RowCountsPtr row_counts_)
+      : plan(std::move(plan_)), row_counts(std::move(row_counts_)) {}
   PlanPtr plan;
+  RowCountsPtr row_counts;
 };
 
-void keep(AutogradContext* ctx, const PlanPtr& plan) {
-  ctx->saved_data["plan"] = c10::IValue::make_capsule(c10::make_intrusive<PlanHolder>(plan));
+void keep(AutogradContext* ctx, const PlanPtr& plan, const RowCountsPtr& row_counts) {
+  ctx->saved_data["plan"] =
+      c10::IValue::make_capsule(c10::make_intrusive<PlanHolder>(plan, row_counts));
 }
+/// For the backward, which counts its rows.
 PlanPtr kept_plan(AutogradContext* ctx) {
-  return c10::static_intrusive_pointer_cast<PlanHolder>(ctx->saved_data["plan"].toCapsule())->plan;
+  const auto kept =
+      c10::static_intrusive_pointer_cast<PlanHolder>(ctx->saved_data["plan"].toCapsule());
+  kept->row_counts->add(kept->plan->local);
+  return kept->plan;
 }
 
 /// Autograd functions take no undefined tensor; a missing bias travels as one of no dimension 2.
@@ -52,7 +62,8 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
 
   static Variable forward(AutogradContext* ctx, const Variable& rows_in, const Variable& weights_in,
                           const Variable& up, const Variable& up_bias, const Variable& down,
-                          const Variable& down_bias, MlpKind kind, const PlanPtr& plan) {
+                          const Variable& down_bias, MlpKind kind, const PlanPtr& plan,
+                          const RowCountsPtr& row_counts) {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor rows = rows_in.contiguous();
     const at::Tensor weights = weights_in.contiguous();
@@ -62,7 +73,7 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     ctx->save_for_backward({rows, weights, up, up_bias, down, down_bias, output.pre});
     ctx->saved_data["activation"] = static_cast<int64_t>(kind.activation);
     ctx->saved_data["gated"] = kind.gated;
-    keep(ctx, plan);
+    keep(ctx, plan, row_counts);
     return output.out;
   }
 
@@ -82,8 +93,15 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
         grads[0].contiguous(), saved[kRows], saved[kWeights],
         {saved[kUp], or_undefined(saved[kUpBias]), saved[kDown], or_undefined(saved[kDownBias])},
         saved[kDownBias + 1], kind, kept_plan(ctx)->local, wanted);
-    return {gradients.rows, gradients.weights,   gradients.up, gradients.up_bias,
-            gradients.down, gradients.down_bias, {},           {}};
+    return {gradients.rows,
+            gradients.weights,
+            gradients.up,
+            gradients.up_bias,
+            gradients.down,
+            gradients.down_bias,
+            {},
+            {},
+            {}};
   }
 };
 
@@ -105,12 +123,13 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   }
 
   static Variable forward(AutogradContext* ctx, const Variable& rows_in, const Variable& weights_in,
-                          const Variable& matrix, const Variable& bias, const PlanPtr& plan) {
+                          const Variable& matrix, const Variable& bias, const PlanPtr& plan,
+                          const RowCountsPtr& row_counts) {
     at::AutoDispatchBelowADInplaceOrView below;
     const at::Tensor rows = rows_in.contiguous();
     const at::Tensor weights = weights_in.contiguous();
     ctx->save_for_backward({rows, weights, matrix, bias});
-    keep(ctx, plan);
+    keep(ctx, plan, row_counts);
     return RowSums(plan->local, dtype_of(rows, "grouped_linear"))
         .reduced(outputs(rows, matrix, or_undefined(bias), plan->local), weights);
   }
@@ -134,7 +153,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
       const LinearExpertGradients grads_of = device_linear_backward(
           grad_y, rows, matrix, local, wants_rows, ctx->needs_input_grad(kMatrix),
           bias.defined() && ctx->needs_input_grad(kBias));
-      return {grads_of.rows, grad_weights, grads_of.matrix, grads_of.bias, {}};
+      return {grads_of.rows, grad_weights, grads_of.matrix, grads_of.bias, {}, {}};
     }
     const at::Tensor row_of = local.row_of_sorted();
     at::Tensor grad_x = wants_rows
@@ -159,6 +178,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
             grad_weights,
             grad_matrix.finish(),
             grad_bias.finish(),
+            {},
             {}};
   }
 };
@@ -186,6 +206,19 @@ at::Tensor stacked_zeros(const std::vector<int64_t>& expert_ids, int64_t width) 
 
 double bound_or_fan_in(double bound, int64_t fan_in) {
   return bound > 0 ? bound : 1.0 / std::sqrt(static_cast<double>(fan_in));
+}
+
+/// Rows [first, first + count) of the matrix of an expert.
+SparseUnit stacked_unit(const char* name, const UnitKey& key, const at::Tensor& stacked,
+                        int64_t slot, int64_t first, int64_t count) {
+  SparseUnit unit;
+  unit.name = name;
+  unit.key = key;
+  unit.parameter = stacked;
+  unit.slot = slot;
+  unit.first_out = first;
+  unit.num_out = count;
+  return unit;
 }
 
 void require_type(const at::Tensor& rows, const at::Tensor& parameter, const char* operation) {
@@ -247,7 +280,21 @@ at::Tensor GroupedMLP::forward(const at::Tensor& rows, const at::Tensor& weights
   return autocast.back(MlpFunction::apply(
       autocast.cast(rows), weights, autocast.cast(up_proj), or_missing(autocast.cast(up_bias)),
       autocast.cast(down_proj), or_missing(autocast.cast(down_bias)),
-      MlpKind{options_.activation(), options_.gated()}, plan));
+      MlpKind{options_.activation(), options_.gated()}, plan, row_counts()));
+}
+
+std::vector<SparseUnit> GroupedMLP::matrices() const {
+  std::vector<SparseUnit> units;
+  const int64_t F = options_.d_ff();
+  for (int64_t slot = 0; slot < num_local_experts(); ++slot) {
+    const int64_t id = expert_ids()[static_cast<size_t>(slot)];
+    units.push_back(stacked_unit("w1", {0, id, Matrix::kW1}, up_proj, slot, 0, F));
+    if (options_.gated()) {
+      units.push_back(stacked_unit("w3", {0, id, Matrix::kW3}, up_proj, slot, F, F));
+    }
+    units.push_back(stacked_unit("w2", {0, id, Matrix::kW2}, down_proj, slot, 0, d_out()));
+  }
+  return units;
 }
 
 GroupedLinear::GroupedLinear(const GroupedLinearOptions& options, const ExpertPlacement& placement,
@@ -275,7 +322,16 @@ at::Tensor GroupedLinear::forward(const at::Tensor& rows, const at::Tensor& weig
   if (options_.bias()) gates::require_shape(bias, {L, d_out()}, "grouped_linear", "bias");
   const Autocast autocast(rows);
   return autocast.back(LinearFunction::apply(autocast.cast(rows), weights, autocast.cast(weight),
-                                             or_missing(autocast.cast(bias)), plan));
+                                             or_missing(autocast.cast(bias)), plan, row_counts()));
+}
+
+std::vector<SparseUnit> GroupedLinear::matrices() const {
+  std::vector<SparseUnit> units;
+  for (int64_t slot = 0; slot < num_local_experts(); ++slot) {
+    const int64_t id = expert_ids()[static_cast<size_t>(slot)];
+    units.push_back(stacked_unit("w1", {0, id, Matrix::kW1}, weight, slot, 0, d_out()));
+  }
+  return units;
 }
 
 }  // namespace perseid

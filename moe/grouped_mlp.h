@@ -38,6 +38,10 @@ class GroupedMLP : public Experts {
   at::Tensor down_proj;  ///< [L, d_out, F]
   at::Tensor down_bias;  ///< [L, d_out] or undefined
 
+ protected:
+  /// "w1" (gate, or up of plain experts), "w3" (up of gated ones), "w2" (down)
+  std::vector<SparseUnit> matrices() const override;
+
  private:
   GroupedMLPOptions options_;
 };
@@ -61,6 +65,9 @@ class GroupedLinear : public Experts {
 
   at::Tensor weight;
   at::Tensor bias;  ///< or undefined
+
+ protected:
+  std::vector<SparseUnit> matrices() const override;  ///< "w1"
 
  private:
   GroupedLinearOptions options_;

@@ -16,6 +16,8 @@
 #include "kernels/error.h"
 #include "kernels/permute.h"
 #include "kernels/random.h"
+#include "moe/row_counts.h"
+#include "moe/sparsifier.h"
 #include "moe/tensor_types.h"
 
 namespace perseid {
@@ -34,6 +36,14 @@ kernels::CombineIndex row_index(const at::Tensor& place_of, const at::Tensor& ro
   index.row_of = int32_data(place_of);
   return index;
 }
+
+/// The plan whose rows the backward counts.
+struct CountedPlan : torch::CustomClassHolder {
+  CountedPlan(std::shared_ptr<const RoutingPlan> plan_, std::shared_ptr<RowCounts> row_counts_)
+      : plan(std::move(plan_)), row_counts(std::move(row_counts_)) {}
+  std::shared_ptr<const RoutingPlan> plan;
+  std::shared_ptr<RowCounts> row_counts;
+};
 
 std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional<at::Tensor>(tensor) : std::nullopt;
@@ -85,7 +95,8 @@ struct CombineOutputs : torch::autograd::Function<CombineOutputs> {
   static at::Tensor forward(AutogradContext* context, const at::Tensor& outputs,
                             const at::Tensor& weights, const at::Tensor& rows,
                             at::TensorList idle_parameters, const at::Tensor& place_of,
-                            const std::optional<at::Tensor>& row_offsets, int64_t fixed) {
+                            const std::optional<at::Tensor>& row_offsets, int64_t fixed,
+                            const c10::intrusive_ptr<CountedPlan>& counted) {
     const at::Tensor sorted = outputs.contiguous();
     const at::Tensor row_weights = weights.contiguous();
     const int64_t num_rows = rows.size(0);
@@ -104,12 +115,16 @@ struct CombineOutputs : torch::autograd::Function<CombineOutputs> {
     context->save_for_backward({sorted, row_weights, place_of, offsets});
     context->saved_data["fixed"] = fixed;
     context->saved_data["d_in"] = rows.size(1);
+    context->saved_data["counted"] = c10::IValue::make_capsule(counted);
     // Not save_for_backward: only the shapes are used, so an update in between is no error.
     context->saved_data["idle"] = idle_parameters.vec();
     return out;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    const auto counted =
+        c10::static_intrusive_pointer_cast<CountedPlan>(context->saved_data["counted"].toCapsule());
+    counted->row_counts->add(counted->plan->local);
     const variable_list saved = context->get_saved_variables();
     const at::Tensor& sorted = saved[0];
     const at::Tensor& weights = saved[1];
@@ -134,7 +149,7 @@ struct CombineOutputs : torch::autograd::Function<CombineOutputs> {
     for (const at::Tensor& parameter : context->saved_data["idle"].toTensorVector()) {
       gradients.push_back(at::zeros_like(parameter));
     }
-    gradients.resize(gradients.size() + 3);  // place_of, row_offsets, fixed
+    gradients.resize(gradients.size() + 4);  // place_of, row_offsets, fixed, counted
     return gradients;
   }
 };
@@ -226,7 +241,19 @@ at::Tensor ModuleExperts::forward(const at::Tensor& rows, const at::Tensor& weig
   if (outputs.empty()) outputs.push_back(at::empty({0, d_out()}, rows.options()));
   const at::Tensor sorted = outputs.size() == 1 ? outputs.front() : at::cat(outputs);
   return CombineOutputs::apply(sorted, weights, rows, at::TensorList(idle_parameters), place_of,
-                               if_defined(local.row_offsets), local.fixed);
+                               if_defined(local.row_offsets), local.fixed,
+                               c10::make_intrusive<CountedPlan>(plan, row_counts()));
+}
+
+std::vector<SparseUnit> ModuleExperts::matrices() const {
+  std::vector<SparseUnit> units;
+  for (size_t slot = 0; slot < modules_.size(); ++slot) {
+    for (SparseUnit& unit : module_matrices(*modules_[slot].ptr())) {
+      unit.key.expert = expert_ids()[slot];
+      units.push_back(std::move(unit));
+    }
+  }
+  return units;
 }
 
 }  // namespace perseid

@@ -34,6 +34,10 @@ class ModuleExperts : public Experts {
   at::Tensor forward(const at::Tensor& rows, const at::Tensor& weights,
                      const std::shared_ptr<const RoutingPlan>& plan) override;
 
+ protected:
+  /// The 2-D weights of each module, see sparse_units of moe/sparsifier.h, by their names in it.
+  std::vector<SparseUnit> matrices() const override;
+
  private:
   std::vector<torch::nn::AnyModule> modules_;
 };

@@ -96,7 +96,7 @@ std::vector<int64_t> custom_numbers(const Budget& budget, const std::vector<Budg
     Density density = budget.density;
     bool is_found = false;
     for (size_t i = 0; i < budget.custom.size(); ++i) {
-      if (!matches(budget.custom[i].pattern.c_str(), unit.name.c_str())) continue;
+      if (!fits_pattern(budget.custom[i].pattern, unit.name)) continue;
       is_used[i] = true;
       if (!is_found) density = budget.custom[i].density;
       is_found = true;
@@ -185,6 +185,10 @@ Density Density::ratio(int64_t numerator, int64_t denominator) {
 int64_t Density::of(int64_t count) const {
   return static_cast<int64_t>((Wide{2} * numerator_ * count + denominator_) /
                               (Wide{2} * denominator_));
+}
+
+bool fits_pattern(const std::string& pattern, const std::string& text) {
+  return matches(pattern.c_str(), text.c_str());
 }
 
 Allocation allocate(const Budget& budget, const std::vector<BudgetUnit>& units) {

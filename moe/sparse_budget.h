@@ -43,6 +43,9 @@ struct CustomDensity {
   Density density;
 };
 
+/// Whether the whole text fits; * stands for any text.
+bool fits_pattern(const std::string& pattern, const std::string& text);
+
 struct Budget {
   Distribution distribution = Distribution::kErk;
   Density density;     ///< of all units together; kCustom: of those that no pattern names

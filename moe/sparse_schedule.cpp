@@ -36,6 +36,11 @@ void validate(const Schedule& schedule) {
           "alpha_min", schedule.alpha_min, "is outside [0, alpha=" + to_text(schedule.alpha) + "]");
   require(std::isfinite(schedule.power) && schedule.power > 0, kSparseSchedule, "power",
           schedule.power, "is not a finite number above 0");
+  require(std::isfinite(schedule.mean_rows) && schedule.mean_rows >= 0, kSparseSchedule,
+          "mean_rows", schedule.mean_rows, "is not a finite number of 0 or more");
+  require(schedule.clock == Clock::kStep || schedule.mean_rows > 0 || schedule.begin > 0,
+          kSparseSchedule, "mean_rows", schedule.mean_rows,
+          "is to be measured before begin=0; set it, or begin later");
 }
 
 std::vector<int64_t> update_offsets(const Schedule& schedule, const std::vector<UnitKey>& keys) {
@@ -60,9 +65,15 @@ bool is_update_step(const Schedule& schedule, int64_t step, int64_t offset) {
   return since >= 0 && step < schedule.end_step() && since % schedule.every == 0;
 }
 
-double drop_fraction(const Schedule& schedule, int64_t step) {
+int64_t update_window(const Schedule& schedule, double time, int64_t offset) {
+  const double since = time - static_cast<double>(schedule.begin + offset);
+  if (since < 0 || time >= static_cast<double>(schedule.end_step())) return -1;
+  return static_cast<int64_t>(since / static_cast<double>(schedule.every));
+}
+
+double drop_fraction(const Schedule& schedule, double time) {
   const auto span = static_cast<double>(std::max<int64_t>(1, schedule.end_step() - schedule.begin));
-  const double x = std::clamp(static_cast<double>(step - schedule.begin) / span, 0.0, 1.0);
+  const double x = std::clamp((time - static_cast<double>(schedule.begin)) / span, 0.0, 1.0);
   double fraction = schedule.alpha;
   switch (schedule.anneal) {
     case Anneal::kConstant:

@@ -4,7 +4,7 @@
 
 #include "moe/sparse_unit.h"
 
-// When masks change and by how much: pure functions of the global step, with no counters.
+// When masks change and by how much: pure functions of the clock, with no counters.
 
 namespace perseid {
 
@@ -14,6 +14,15 @@ enum class Anneal : uint8_t {
   kCosine,    ///< alpha / 2 * (1 + cos(pi x))
   kPoly,      ///< alpha * (1 - x)^power
   kLinear,    ///< alpha * (1 - x)
+};
+
+/// What the updates of a unit go by.
+enum class Clock : uint8_t {
+  kStep,  ///< the global step
+  /// Of experts' weights: the rows that the expert had so far / mean rows of an expert in a step.
+  /// It runs like the step for a mean load, stands still without rows and never goes back. Weights
+  /// that every token meets keep the step.
+  kTokens,
 };
 
 struct Schedule {
@@ -28,6 +37,10 @@ struct Schedule {
   double alpha_min = 0;  ///< the fraction never falls below it
   /// Units take turns inside `every` steps, so that not all need a dense gradient in one step.
   bool stagger = false;
+  Clock clock = Clock::kStep;
+  /// kTokens: mean rows of an expert in a step, over all ranks; 0: measured in the steps before
+  /// `begin`, then fixed.
+  double mean_rows = 0;
 
   int64_t end_step() const;  ///< `end` with its default resolved
 };
@@ -44,7 +57,12 @@ std::vector<int64_t> update_offsets(const Schedule& schedule, const std::vector<
 /// Whether the unit with this offset updates in this step.
 bool is_update_step(const Schedule& schedule, int64_t step, int64_t offset);
 
-/// Share of the active atoms that an update of this step changes.
-double drop_fraction(const Schedule& schedule, int64_t step);
+/// Windows of `every` that have begun at `time` of the token clock: 0, 1, ...; -1 before the first
+/// and from `end` on. A unit updates once in each that it sees begin, also where one is left out.
+int64_t update_window(const Schedule& schedule, double time, int64_t offset);
+
+/// Share of the active atoms that an update changes.
+/// @param time  of the unit's clock
+double drop_fraction(const Schedule& schedule, double time);
 
 }  // namespace perseid

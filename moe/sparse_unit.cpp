@@ -5,7 +5,11 @@
 namespace perseid {
 namespace {
 
-const char* name_of(Matrix matrix) {
+std::string name_of(Matrix matrix) {
+  if (matrix >= Matrix::kNumbered) {
+    return "weight " +
+           to_text(static_cast<int64_t>(matrix) - static_cast<int64_t>(Matrix::kNumbered));
+  }
   switch (matrix) {
     case Matrix::kW1:
       return "w1";
@@ -21,8 +25,9 @@ const char* name_of(Matrix matrix) {
 }  // namespace
 
 std::string to_string(const UnitKey& key) {
-  return "layer " + to_text(key.layer) + ", expert " + to_text(key.expert) + ", " +
-         name_of(key.matrix);
+  const std::string expert = key.expert < 0 ? "shared expert " + to_text(-1 - key.expert)
+                                            : "expert " + to_text(key.expert);
+  return "layer " + to_text(key.layer) + ", " + expert + ", " + name_of(key.matrix);
 }
 
 }  // namespace perseid

@@ -8,12 +8,18 @@
 namespace perseid {
 
 /// Which weight of a layer or of an expert. The numbers are part of random keys: never change them.
-enum class Matrix : uint8_t { kWeight = 0, kW1 = 1, kW3 = 2, kW2 = 3 };
+enum class Matrix : uint8_t { kWeight = 0, kW1 = 1, kW3 = 2, kW2 = 3, kNumbered = 16 };
+
+/// The n-th weight of a module, n in [0, 240).
+inline Matrix numbered_matrix(int64_t n) {
+  return static_cast<Matrix>(static_cast<int64_t>(Matrix::kNumbered) + n);
+}
+inline constexpr int64_t kMaxNumberedMatrices = 240;
 
 /// Names one sparse weight, equal on all ranks whatever their number.
 struct UnitKey {
   int64_t layer = 0;
-  int64_t expert = 0;  ///< global id; 0 for a weight outside experts
+  int64_t expert = 0;  ///< global id; 0 outside of experts; -1 - id for one that all ranks hold
   Matrix matrix = Matrix::kWeight;
 
   friend auto operator<=>(const UnitKey&, const UnitKey&) = default;

@@ -1,128 +1,89 @@
 #include "moe/sparsifier.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/masked_select.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
-#include <cmath>
-#include <sstream>
 #include <utility>
 
-#include "kernels/error.h"
+#include "comm/agree.h"
 #include "moe/optimizer_states.h"
-#include "moe/tensor_types.h"
+#include "moe/sparsifier_unit.h"
 
 namespace perseid {
 namespace {
 
-constexpr const char* kSparsifier = "sparsifier";
-
-at::Tensor slot_of(const at::Tensor& parameter, int64_t slot) {
-  return slot < 0 ? parameter : parameter.select(0, slot);
-}
-
-[[noreturn]] void fail(const std::string& argument, const std::string& value,
-                       const std::string& limit) {
-  throw ConfigError(ErrorDetail{kSparsifier, argument, value, limit});
-}
-
 void check_unit(const SparseUnit& unit) {
-  if (!unit.parameter.defined()) fail("parameter of " + unit.name, "undefined", "is missing");
+  if (!unit.parameter.defined()) {
+    fail_sparsifier("parameter of " + unit.name, "undefined", "is missing");
+  }
   const int64_t wanted = unit.slot < 0 ? 2 : 3;
   if (unit.parameter.dim() != wanted) {
-    fail("parameter of " + unit.name, to_text(unit.parameter.sizes()),
-         unit.slot < 0 ? "is not [out, in]" : "is not [experts, out, in]");
+    fail_sparsifier("parameter of " + unit.name, to_text(unit.parameter.sizes()),
+                    unit.slot < 0 ? "is not [out, in]" : "is not [experts, out, in]");
   }
   if (unit.slot >= 0 && unit.slot >= unit.parameter.size(0)) {
-    fail("slot of " + unit.name, to_text(unit.slot),
-         "is outside its parameter of " + to_text(unit.parameter.size(0)) + " experts");
+    fail_sparsifier("slot of " + unit.name, to_text(unit.slot),
+                    "is outside its parameter of " + to_text(unit.parameter.size(0)) + " experts");
+  }
+  const int64_t out = unit.parameter.size(-2);
+  if (unit.num_out >= 0 && (unit.first_out < 0 || unit.first_out + unit.num_out > out)) {
+    fail_sparsifier("rows of " + unit.name,
+                    to_text(unit.first_out) + " to " + to_text(unit.first_out + unit.num_out),
+                    "are outside its weight of " + to_text(out) + " rows");
   }
   if (!at::isFloatingType(unit.parameter.scalar_type())) {
-    fail("parameter of " + unit.name, to_text(unit.parameter.scalar_type()),
-         "is not a floating-point type");
+    fail_sparsifier("parameter of " + unit.name, to_text(unit.parameter.scalar_type()),
+                    "is not a floating-point type");
+  }
+  const bool has_counter = unit.link == nullptr && unit.row_counts != nullptr;
+  if (has_counter && unit.row_slot >= unit.row_counts->rows.size()) {
+    fail_sparsifier(
+        "row_slot of " + unit.name, to_text(unit.row_slot),
+        "is outside the counter of " + to_text(unit.row_counts->rows.size()) + " experts");
   }
 }
 
-/// [out, in] standard normal numbers of a key, on the host.
-at::Tensor normal_numbers(const AtomLayout& layout, bool is_double, kernels::RandomKey key) {
-  const at::Tensor result =
-      at::empty({layout.out, layout.in}, is_double ? at::kDouble : at::kFloat);
-  kernels::fill_normal(result.mutable_data_ptr(), result.numel(),
-                       is_double ? kernels::DType::kFloat64 : kernels::DType::kFloat32, key);
-  return result;
+/// Whether both have an entry of one parameter.
+bool overlap(const SparseUnit& a, const SparseUnit& b) {
+  if (!a.parameter.is_same(b.parameter) || a.slot != b.slot) return false;
+  const auto end = [](const SparseUnit& unit) {
+    return unit.num_out < 0 ? unit.parameter.size(-2) : unit.first_out + unit.num_out;
+  };
+  const auto begin = [](const SparseUnit& unit) { return unit.num_out < 0 ? 0 : unit.first_out; };
+  return begin(a) < end(b) && begin(b) < end(a);
 }
 
-/// Mean of the marked elements; sums in order, so that threads do not matter. 0 without any.
-double mean_where(const at::Tensor& values, const at::Tensor& is_counted) {
-  const at::Tensor counted =
-      values.masked_select(is_counted).to(at::kCPU, at::kDouble).contiguous();
-  if (counted.numel() == 0) return 0;
-  const double* const data = counted.const_data_ptr<double>();
-  double sum = 0;
-  for (int64_t i = 0; i < counted.numel(); ++i) sum += data[i];
-  return sum / static_cast<double>(counted.numel());
-}
+bool is_part(const SparseUnit& unit) { return unit.slot >= 0 || unit.num_out >= 0; }
 
 }  // namespace
-
-struct Sparsifier::Unit {
-  AtomLayout layout;
-  PackedMask mask;
-  PackedMask ever_active;
-  at::Tensor inactive;  ///< [out, in] bool, where the parameter is
-  int64_t offset = 0;   ///< of its update steps
-  int64_t num_rows = 0;
-  int64_t num_updates = 0;
-  int64_t num_skipped = 0;
-  at::Tensor grad_sum;
-};
-
-/// What an update of one unit would do.
-struct Sparsifier::Proposal {
-  size_t unit = 0;
-  UnitUpdate report;
-  MaskUpdate change;
-};
-
-at::Tensor SparseUnit::weight() const { return slot_of(parameter.detach(), slot); }
-
-std::vector<SparseUnit> expert_units(const std::string& name, const at::Tensor& parameter,
-                                     int64_t layer, Matrix matrix,
-                                     const std::vector<int64_t>& expert_ids) {
-  if (parameter.dim() != 3 || parameter.size(0) != static_cast<int64_t>(expert_ids.size())) {
-    fail("parameter of " + name, to_text(parameter.sizes()),
-         "is not [experts, out, in] of " + to_text(expert_ids.size()) + " experts");
-  }
-  std::vector<SparseUnit> units;
-  for (size_t slot = 0; slot < expert_ids.size(); ++slot) {
-    SparseUnit unit;
-    unit.name = name + "." + to_text(expert_ids[slot]);
-    unit.key = {layer, expert_ids[slot], matrix};
-    unit.parameter = parameter;
-    unit.slot = static_cast<int64_t>(slot);
-    units.push_back(unit);
-  }
-  return units;
-}
 
 bool StepPlan::has_update() const {
   return std::find(actions.begin(), actions.end(), UnitAction::kUpdate) != actions.end();
 }
 
-Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
-    : units_(std::move(units)), config_(std::move(config)) {
-  validate(config_.schedule);
-  require(config_.grad_accum >= 1 && config_.grad_accum <= config_.schedule.every, kSparsifier,
+double SparsityTotals::density() const {
+  return static_cast<double>(nnz) / static_cast<double>(std::max<int64_t>(1, size));
+}
+double SparsityTotals::itop_rate() const {
+  return static_cast<double>(ever_active) / static_cast<double>(std::max<int64_t>(1, num_atoms));
+}
+
+/// What this rank was given, units ordered by key.
+void Sparsifier::check_arguments() const {
+  const Schedule& schedule = config_.schedule;
+  validate(schedule);
+  require(config_.grad_accum >= 1 && config_.grad_accum <= schedule.every, kSparsifier,
           "grad_accum", config_.grad_accum,
-          "is outside [1, every=" + to_text(config_.schedule.every) + "]");
+          "is outside [1, every=" + to_text(schedule.every) + "]");
+  const bool has_tokens = schedule.clock == Clock::kTokens;
+  require(config_.grad_accum == 1 || !has_tokens, kSparsifier, "grad_accum", config_.grad_accum,
+          "is above 1, but with the token clock nobody knows when an update comes");
   require(config_.min_rows >= 0, kSparsifier, "min_rows", config_.min_rows, "is negative");
   require(config_.state.weight_std >= 0, kSparsifier, "weight_std", config_.state.weight_std,
           "is negative");
-  std::sort(units_.begin(), units_.end(),
-            [](const SparseUnit& a, const SparseUnit& b) { return a.key < b.key; });
+  require(config_.all_units.empty() || groups_.world.size() == 1, kSparsifier, "all_units",
+          config_.all_units.size(), "are listed, but ranks tell each other; leave it empty");
   const Structure& structure = config_.structure;
   if (structure.cell == Cell::kGroup && structure.group > 0 && structure.group_keep > 0 &&
       structure.group_keep <= structure.group) {
@@ -130,68 +91,115 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
     require(config_.budget.density == own, kSparsifier, "density", config_.budget.density.value(),
             "differs from " + to_text(own.value()) + ", which N:M fixes; set that");
   }
-  std::vector<BudgetUnit> budget_units;
-  std::vector<UnitKey> keys;
   for (size_t u = 0; u < units_.size(); ++u) {
     const SparseUnit& unit = units_[u];
     check_unit(unit);
     if (u > 0 && units_[u - 1].key == unit.key) {
-      fail("units", unit.name,
-           "has the key of " + units_[u - 1].name + " (" + to_string(unit.key) + ")");
+      fail_sparsifier("units", unit.name,
+                      "has the key of " + units_[u - 1].name + " (" + to_string(unit.key) + ")");
     }
     for (size_t other = 0; other < u; ++other) {
-      if (units_[other].parameter.is_same(unit.parameter) && units_[other].slot == unit.slot) {
-        fail("units", unit.name, "is the same weight as " + units_[other].name);
+      if (overlap(units_[other], unit)) {
+        fail_sparsifier("units", unit.name, "is the same weight as " + units_[other].name);
       }
     }
-    if (config_.order == UpdateOrder::kInsteadOfStep && config_.schedule.stagger &&
-        unit.slot >= 0) {
-      fail("order", "instead_of_step",
-           "cannot leave out one expert of " + unit.name +
-               " alone when updates are staggered; choose before_step");
+    if (config_.order == UpdateOrder::kInsteadOfStep && is_part(unit) &&
+        (schedule.stagger || has_tokens)) {
+      fail_sparsifier("order", "instead_of_step",
+                      "cannot leave out one expert of " + unit.name +
+                          " alone when updates are staggered; choose before_step");
     }
-    Unit state;
-    const at::Tensor weight = unit.weight();
-    state.layout = make_layout(structure, weight.size(0), weight.size(1), unit.name);
+    if (has_tokens && unit.holders == Holders::kReplicas && unit.link == nullptr &&
+        unit.row_counts == nullptr && !unit.counts_rows) {
+      fail_sparsifier("clock", "tokens",
+                      "needs the rows of " + unit.name + ", which nobody counts");
+    }
+    if (unit.link != nullptr && unit.link->accumulate) {
+      fail_sparsifier("units", unit.name, "belongs to another Sparsifier");
+    }
+  }
+}
+
+Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
+                       ParallelGroups groups)
+    : units_(std::move(units)), config_(std::move(config)), groups_(std::move(groups)) {
+  std::sort(units_.begin(), units_.end(),
+            [](const SparseUnit& a, const SparseUnit& b) { return a.key < b.key; });
+  const comm::CallSite site{.operation = kSparsifier};
+  comm::agree(groups_.world, site, [this] { check_arguments(); });
+  know_units(site);
+
+  // From here on all ranks do the same with the same numbers.
+  std::vector<AtomLayout> layouts;
+  std::vector<BudgetUnit> budget_units;
+  std::vector<UnitKey> keys;
+  for (const Known& known : known_) {
+    const AtomLayout layout = make_layout(config_.structure, known.out, known.in, known.name);
     BudgetUnit budget_unit;
-    budget_unit.name = unit.name;
-    budget_unit.out = state.layout.rows * state.layout.atom_rows;
-    budget_unit.in = state.layout.cols * state.layout.atom_cols;
-    budget_unit.granule = state.layout.granule();
-    budget_unit.floor = state.layout.smallest_budget();
-    if (state.layout.group_keep > 0) budget_unit.ceiling = budget_unit.floor;
+    budget_unit.name = known.name;
+    budget_unit.out = layout.rows * layout.atom_rows;
+    budget_unit.in = layout.cols * layout.atom_cols;
+    budget_unit.granule = layout.granule();
+    budget_unit.floor = layout.smallest_budget();
+    if (layout.group_keep > 0) budget_unit.ceiling = budget_unit.floor;
     budget_units.push_back(budget_unit);
-    keys.push_back(unit.key);
-    states_.push_back(std::move(state));
+    keys.push_back(known.key);
+    layouts.push_back(layout);
   }
   const Allocation allocation = allocate(config_.budget, budget_units);
   budget_rest_ = allocation.rest;
   const std::vector<UnitKey>& all = config_.all_units.empty() ? keys : config_.all_units;
   const std::vector<int64_t> offsets = update_offsets(config_.schedule, all);
-  for (size_t u = 0; u < units_.size(); ++u) {
-    const auto place = std::find(all.begin(), all.end(), keys[u]);
-    if (place == all.end()) fail("all_units", to_string(keys[u]), "is missing; list all units");
-    states_[u].offset = offsets[static_cast<size_t>(place - all.begin())];
-    if (units_[u].link != nullptr && units_[u].link->accumulate) {
-      fail("units", units_[u].name, "belongs to another Sparsifier");
+  for (Known& known : known_) {
+    const auto place = std::find(all.begin(), all.end(), known.key);
+    if (place == all.end()) {
+      fail_sparsifier("all_units", to_string(known.key), "is missing; list all units");
     }
+    known.offset = offsets[static_cast<size_t>(place - all.begin())];
   }
+  mean_rows_ = config_.schedule.mean_rows;
   // Nothing is refused from here on: links point to this.
+  size_t place = 0;
   for (size_t u = 0; u < units_.size(); ++u) {
-    set_mask(u, random_mask(states_[u].layout, allocation.nnz[u],
-                            draw_key(config_.seed, 0, keys[u], UnitDraw::kFirstMask)));
-    if (units_[u].link == nullptr) continue;
-    units_[u].link->accumulate = [this, u](const at::Tensor& x, const at::Tensor& delta) {
-      states_[u].num_rows += x.size(0);
-      const bool is_wanted = is_started_ && current_.actions[u] != UnitAction::kNone;
-      if (is_wanted && needs_gradient()) add_gradient(u, delta.t().mm(x));
-    };
+    const SparseUnit& unit = units_[u];
+    while (known_[place].key != unit.key) ++place;
+    Unit state;
+    state.layout = layouts[place];
+    state.place = place;
+    states_.push_back(std::move(state));
+    set_mask(u, random_mask(layouts[place], allocation.nnz[place],
+                            draw_key(config_.seed, 0, unit.key, UnitDraw::kFirstMask)));
+    if (unit.link != nullptr) {
+      unit.link->accumulate = [this, u](const at::Tensor& x, const at::Tensor& delta) {
+        Unit& mine = states_[u];
+        mine.num_pending += x.size(0);
+        const bool is_wanted = is_started_ && current_.actions[u] != UnitAction::kNone;
+        if (!is_wanted || !needs_gradient()) return;
+        const c10::NoGradGuard no_grad;
+        const at::Tensor gradient = delta.t().mm(x);
+        const bool is_double = gradient.scalar_type() == at::kDouble;
+        if (!mine.link_gradient.defined()) {
+          mine.link_gradient = at::zeros(
+              gradient.sizes(), gradient.options().dtype(is_double ? at::kDouble : at::kFloat));
+        }
+        mine.link_gradient.add_(gradient);
+      };
+    } else if (unit.row_counts != nullptr) {
+      ++unit.row_counts->num_readers;
+      states_[u].num_rows_seen = unit.row_counts->rows[unit.row_slot];
+    }
   }
 }
 
 Sparsifier::~Sparsifier() {
-  for (const SparseUnit& unit : units_) {
-    if (unit.link != nullptr) *unit.link = {};
+  // Fewer states: the constructor has thrown before it took them.
+  for (size_t u = 0; u < states_.size(); ++u) {
+    const SparseUnit& unit = units_[u];
+    if (unit.link != nullptr) {
+      *unit.link = {};
+    } else if (unit.row_counts != nullptr) {
+      --unit.row_counts->num_readers;
+    }
   }
 }
 
@@ -200,22 +208,55 @@ void Sparsifier::attach(torch::optim::Optimizer& optimizer) {
   const bool is_used = std::any_of(units_.begin(), units_.end(), [&](const SparseUnit& unit) {
     return holds(optimizer, unit.parameter);
   });
-  if (!is_used && !units_.empty()) fail("optimizer", "given", "holds no parameter of a unit");
+  if (!is_used && !units_.empty()) {
+    fail_sparsifier("optimizer", "given", "holds no parameter of a unit");
+  }
   optimizers_.push_back(&optimizer);
 }
 
 bool Sparsifier::needs_gradient() const { return config_.rule.grow == GrowCriterion::kGrad; }
 
+bool Sparsifier::has_token_clock(const Known& unit) const {
+  return config_.schedule.clock == Clock::kTokens && unit.holders == Holders::kReplicas;
+}
+
+/// Of an expert in a step; 0 while it is being measured.
+double Sparsifier::mean_rows(int64_t step) const {
+  if (mean_rows_ > 0 || step < config_.schedule.begin) return mean_rows_;
+  int64_t num_units = 0, num_rows = 0;
+  for (const Known& unit : known_) {
+    if (!has_token_clock(unit)) continue;
+    ++num_units;
+    num_rows += unit.total_rows;
+  }
+  const auto num_parts = static_cast<double>(num_units * num_counted_steps_);
+  return num_parts > 0 ? static_cast<double>(num_rows) / num_parts : 0;
+}
+
+double Sparsifier::time_of(const Known& unit, int64_t step) const {
+  if (!has_token_clock(unit)) return static_cast<double>(step);
+  const double mean = mean_rows(step);
+  return mean > 0 ? static_cast<double>(unit.total_rows) / mean : -1;
+}
+
+bool Sparsifier::is_due(const Known& unit, int64_t step) const {
+  const Schedule& schedule = config_.schedule;
+  if (!has_token_clock(unit)) return is_update_step(schedule, step, unit.offset);
+  if (step < schedule.begin || step >= schedule.end_step()) return false;
+  return update_window(schedule, time_of(unit, step), unit.offset) > unit.window;
+}
+
 StepPlan Sparsifier::plan(int64_t step) const {
   StepPlan result;
   result.step = step;
-  for (const Unit& unit : states_) {
+  for (const Unit& state : states_) {
+    const Known& unit = known_[state.place];
     UnitAction action = UnitAction::kNone;
-    if (is_update_step(config_.schedule, step, unit.offset)) {
+    if (is_due(unit, step)) {
       action = UnitAction::kUpdate;
     } else if (needs_gradient()) {
       for (int64_t ahead = 1; ahead < config_.grad_accum; ++ahead) {
-        if (!is_update_step(config_.schedule, step + ahead, unit.offset)) continue;
+        if (!is_due(unit, step + ahead)) continue;
         action = UnitAction::kAccumulate;
         break;
       }
@@ -227,17 +268,36 @@ StepPlan Sparsifier::plan(int64_t step) const {
 
 StepPlan Sparsifier::begin_step(int64_t step) {
   require(step >= 0, kSparsifier, "step", step, "is negative");
+  const Schedule& schedule = config_.schedule;
+  const bool is_measured = schedule.clock == Clock::kTokens && mean_rows_ == 0 &&
+                           step >= schedule.begin && step < schedule.end_step();
+  if (is_measured && std::any_of(known_.begin(), known_.end(),
+                                 [this](const Known& unit) { return has_token_clock(unit); })) {
+    const double mean = mean_rows(step);
+    require(mean > 0, kSparsifier, "mean_rows", mean,
+            "was measured in the " + to_text(num_counted_steps_) +
+                " steps so far; train before begin=" + to_text(schedule.begin) + ", or set it");
+    mean_rows_ = mean;
+  }
   current_ = plan(step);
+  due_.clear();
+  for (size_t i = 0; i < known_.size(); ++i) {
+    known_[i].time = time_of(known_[i], step);
+    if (is_due(known_[i], step)) due_.push_back(i);
+  }
   is_started_ = true;
   // A sum that its update did not take, because a step was left out, is of no use.
   for (size_t u = 0; u < units_.size(); ++u) {
+    states_[u].link_gradient = at::Tensor();
     if (current_.actions[u] == UnitAction::kNone) states_[u].grad_sum = at::Tensor();
   }
   return current_;
 }
 
 void Sparsifier::require_step(const char* call, int64_t step) const {
-  if (!is_started_) fail("step", to_text(step), std::string("of ") + call + " was not begun");
+  if (!is_started_) {
+    fail_sparsifier("step", to_text(step), std::string("of ") + call + " was not begun");
+  }
   require(step == current_.step, kSparsifier, "step", step,
           std::string("of ") + call + " differs from step=" + to_text(current_.step) +
               " of begin_step");
@@ -245,7 +305,7 @@ void Sparsifier::require_step(const char* call, int64_t step) const {
 
 void Sparsifier::count_rows(const UnitKey& key, int64_t num_rows) {
   require(num_rows >= 0, kSparsifier, "num_rows", num_rows, "is negative");
-  find(key).num_rows += num_rows;
+  find(key).num_pending += num_rows;
 }
 
 void Sparsifier::add_gradient(size_t u, const at::Tensor& gradient) {
@@ -259,12 +319,21 @@ void Sparsifier::add_gradient(size_t u, const at::Tensor& gradient) {
 UpdateReport Sparsifier::end_backward(int64_t step) {
   require_step("end_backward", step);
   const c10::NoGradGuard no_grad;
-  for (size_t u = 0; u < units_.size(); ++u) {
-    const SparseUnit& unit = units_[u];
-    const bool is_wanted = current_.actions[u] != UnitAction::kNone && needs_gradient();
-    if (is_wanted && unit.link == nullptr && unit.parameter.grad().defined()) {
-      add_gradient(u, slot_of(unit.parameter.grad(), unit.slot));
+  const comm::CallSite site{.operation = kSparsifier, .step = step};
+  if (needs_gradient()) {
+    add_link_gradients(Holders::kAllRanks, site);
+    add_link_gradients(Holders::kReplicas, site);
+    for (size_t u = 0; u < units_.size(); ++u) {
+      const SparseUnit& unit = units_[u];
+      const bool is_wanted = current_.actions[u] != UnitAction::kNone && unit.link == nullptr;
+      if (is_wanted && unit.parameter.grad().defined()) {
+        add_gradient(u, unit.part_of(unit.parameter.grad()));
+      }
     }
+  }
+  if (config_.schedule.clock == Clock::kTokens) {
+    sum_rows(site);
+    ++num_counted_steps_;
   }
   UpdateReport report;
   report.step = step;
@@ -276,7 +345,7 @@ UpdateReport Sparsifier::end_backward(int64_t step) {
         current_.actions[u] == UnitAction::kUpdate) {
       gradient = at::Tensor();
     } else {
-      slot_of(gradient, units_[u].slot).masked_fill_(states_[u].inactive, 0);
+      units_[u].part_of(gradient).masked_fill_(states_[u].inactive, 0);
     }
   }
   return report;
@@ -297,125 +366,6 @@ UpdateReport Sparsifier::end_step(int64_t step) {
   return report;
 }
 
-UpdateReport Sparsifier::update(int64_t step) {
-  // All are proposed before any is made: an error leaves everything as it was.
-  std::vector<Proposal> proposals;
-  for (size_t u = 0; u < units_.size(); ++u) {
-    if (current_.actions[u] == UnitAction::kUpdate) proposals.push_back(propose(u, step));
-  }
-  UpdateReport report;
-  report.step = step;
-  for (const Proposal& proposal : proposals) {
-    Unit& state = states_[proposal.unit];
-    report.units.push_back(proposal.report);
-    state.grad_sum = at::Tensor();
-    if (proposal.report.skipped != SkipReason::kNotSkipped) {
-      ++state.num_skipped;
-      continue;
-    }
-    apply(proposal.unit, step, proposal.change);
-    state.num_rows = 0;
-    ++state.num_updates;
-  }
-  return report;
-}
-
-Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
-  const SparseUnit& unit = units_[u];
-  const Unit& state = states_[u];
-  Proposal result;
-  result.unit = u;
-  result.report.key = unit.key;
-  const at::Tensor& gradient = state.grad_sum;
-  const bool counts_rows = unit.link != nullptr || unit.counts_rows;
-  if (counts_rows && state.num_rows < config_.min_rows) {
-    result.report.skipped = SkipReason::kFewRows;
-  } else if (needs_gradient() && !gradient.defined()) {
-    result.report.skipped = SkipReason::kNoGradient;
-  }
-  if (result.report.skipped != SkipReason::kNotSkipped) return result;
-
-  const at::Tensor weight = unit.weight();
-  const at::Tensor drop_scores = config_.rule.drop == DropCriterion::kSetSigned
-                                     ? weight.to(at::kCPU, at::kFloat).contiguous()
-                                     : atom_scores(state.layout, weight);
-  const at::Tensor grow_scores =
-      needs_gradient() ? atom_scores(state.layout, gradient) : at::Tensor();
-  UpdateInput input;
-  input.active = &state.mask;
-  input.ever_active = &state.ever_active;
-  input.drop_scores = drop_scores.const_data_ptr<float>();
-  if (grow_scores.defined()) input.grow_scores = grow_scores.const_data_ptr<float>();
-  input.fraction = drop_fraction(config_.schedule, step);
-  input.drop_key = draw_key(config_.seed, step, unit.key, UnitDraw::kDrop);
-  input.grow_key = draw_key(config_.seed, step, unit.key, UnitDraw::kGrow);
-  input.random_key = draw_key(config_.seed, step, unit.key, UnitDraw::kRandomGrow);
-  result.change = update_mask(state.layout, config_.rule, input);
-  if (result.change.num_non_finite > 0) {
-    ErrorDetail detail{kSparsifier, "scores of " + unit.name, to_text(result.change.num_non_finite),
-                       "are NaN or infinite; the training has diverged"};
-    detail.layer = static_cast<int>(unit.key.layer);
-    detail.step = step;
-    throw Diverged(detail);
-  }
-  if (result.change.has_no_gradient) result.report.skipped = SkipReason::kNoGradient;
-  result.report.num_dropped = result.change.num_dropped;
-  result.report.num_grown = result.change.num_grown;
-  return result;
-}
-
-void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
-  const SparseUnit& unit = units_[u];
-  const Unit& state = states_[u];
-  if (change.num_dropped == 0 && change.num_grown == 0) return;
-  const at::Tensor weight = unit.weight();
-  const at::Device device = weight.device();
-  const at::Tensor grown = position_mask(state.layout, change.grown).to(device);
-  const at::Tensor dropped = position_mask(state.layout, change.dropped).to(device);
-  const at::Tensor untouched = state.inactive.logical_or(dropped).logical_not_();
-  const at::Tensor changed = grown.logical_or(dropped);
-
-  weight.masked_fill_(changed, 0);
-  if (config_.state.weight == GrownWeight::kNormal) {
-    const at::Tensor start = normal_numbers(state.layout, weight.scalar_type() == at::kDouble,
-                                            draw_key(config_.seed, step, unit.key, UnitDraw::kFill))
-                                 .mul_(config_.state.weight_std)
-                                 .to(weight.options());
-    weight.copy_(at::where(grown, start, weight));
-  }
-  for (torch::optim::Optimizer* const optimizer : optimizers_) {
-    const OptimizerStates states = states_of(*optimizer, unit.parameter);
-    for (const at::Tensor& momentum : states.momentum) {
-      slot_of(momentum, unit.slot).masked_fill_(changed, 0);
-    }
-    for (const at::Tensor& moments : states.second_moment) {
-      const at::Tensor moment = slot_of(moments, unit.slot);
-      moment.masked_fill_(changed, 0);
-      if (config_.state.second_moment == GrownSecondMoment::kMean) {
-        moment.masked_fill_(grown, mean_where(moment, untouched));
-      }
-    }
-  }
-  set_mask(u, change.mask);
-}
-
-void Sparsifier::set_mask(size_t u, PackedMask mask) {
-  const c10::NoGradGuard no_grad;
-  Unit& state = states_[u];
-  state.mask = std::move(mask);
-  state.ever_active =
-      state.ever_active.num_places() == 0 ? state.mask : (state.ever_active | state.mask);
-  const at::Tensor weight = units_[u].weight();
-  state.inactive = position_mask(state.layout, state.mask).logical_not_().to(weight.device());
-  weight.masked_fill_(state.inactive, 0);
-  if (units_[u].link == nullptr) return;
-  UnitLink& link = *units_[u].link;
-  link.inactive = state.inactive;
-  link.active = position_bits(state.layout, state.mask);
-  link.density =
-      static_cast<double>(link.active.count()) / static_cast<double>(link.active.num_places());
-}
-
 Sparsifier::Unit& Sparsifier::find(const UnitKey& key) {
   return const_cast<Unit&>(std::as_const(*this).find(key));
 }
@@ -424,7 +374,7 @@ const Sparsifier::Unit& Sparsifier::find(const UnitKey& key) const {
       units_.begin(), units_.end(), key,
       [](const SparseUnit& unit, const UnitKey& wanted) { return unit.key < wanted; });
   if (place == units_.end() || place->key != key) {
-    fail("unit", to_string(key), "is not of this Sparsifier");
+    fail_sparsifier("unit", to_string(key), "is not of this Sparsifier");
   }
   return states_[static_cast<size_t>(place - units_.begin())];
 }
@@ -442,6 +392,7 @@ UnitStats Sparsifier::stats(const UnitKey& key) const {
       static_cast<double>(unit.ever_active.count()) / static_cast<double>(unit.layout.num_atoms());
   stats.num_updates = unit.num_updates;
   stats.num_skipped = unit.num_skipped;
+  if (unit.num_updates > 0) stats.churn = unit.churn_sum / static_cast<double>(unit.num_updates);
   stats.fingerprint = unit.mask.fingerprint();
   return stats;
 }
@@ -450,90 +401,6 @@ int64_t Sparsifier::nnz() const {
   int64_t sum = 0;
   for (const Unit& unit : states_) sum += count_positions(unit.layout, unit.mask);
   return sum;
-}
-
-void Sparsifier::reset_weights(double gain) {
-  require(std::isfinite(gain) && gain >= 0, kSparsifier, "gain", gain,
-          "is not a finite number of 0 or more");
-  const c10::NoGradGuard no_grad;
-  for (size_t u = 0; u < units_.size(); ++u) {
-    const at::Tensor weight = units_[u].weight();
-    const bool is_double = weight.scalar_type() == at::kDouble;
-    const at::Tensor numbers = normal_numbers(
-        states_[u].layout, is_double, draw_key(config_.seed, 0, units_[u].key, UnitDraw::kWeights));
-    const at::Tensor is_active = position_mask(states_[u].layout, states_[u].mask);
-    const at::Tensor fan_in = is_active.sum(1, /*keepdim=*/true).to(numbers.scalar_type());
-    // A row without active entries divides by 0, and the mask takes the result away.
-    const at::Tensor scaled = numbers.mul_(gain).div_(fan_in.sqrt_());
-    weight.copy_(scaled.masked_fill_(is_active.logical_not(), 0));
-  }
-}
-
-uint64_t Sparsifier::config_hash() const {
-  std::ostringstream text;
-  text.precision(17);
-  text << config_;
-  uint64_t hash = 0;
-  for (const char c : text.str()) {
-    hash = kernels::splitmix64(hash ^ static_cast<unsigned char>(c));
-  }
-  return hash;
-}
-
-SparsifierState Sparsifier::state_dict() const {
-  SparsifierState result;
-  result.config_hash = config_hash();
-  for (size_t u = 0; u < units_.size(); ++u) {
-    const Unit& unit = states_[u];
-    result.units.push_back({units_[u].key, unit.mask, unit.ever_active, unit.num_rows,
-                            unit.num_updates, unit.num_skipped,
-                            unit.grad_sum.defined() ? unit.grad_sum.clone() : at::Tensor()});
-  }
-  return result;
-}
-
-void Sparsifier::load(const SparsifierState& state) {
-  require(state.version == SparsifierState::kVersion, kSparsifier, "version", state.version,
-          "is not " + to_text(SparsifierState::kVersion) + ", which this build reads");
-  require(state.config_hash == config_hash(), kSparsifier, "config_hash", state.config_hash,
-          "differs from " + to_text(config_hash()) +
-              " of this configuration; resume with the one it was saved with");
-  std::vector<const UnitState*> found(units_.size(), nullptr);
-  for (size_t u = 0; u < units_.size(); ++u) {
-    for (const UnitState& saved : state.units) {
-      if (saved.key == units_[u].key) found[u] = &saved;
-    }
-    const std::string& name = units_[u].name;
-    if (found[u] == nullptr) {
-      fail("state", name, "has no mask in it (" + to_string(units_[u].key) + ")");
-    }
-    const Unit& mine = states_[u];
-    for (const PackedMask* mask : {&found[u]->mask, &found[u]->ever_active}) {
-      if (mask->rows() != mine.layout.rows || mask->cols() != mine.layout.cols) {
-        fail("mask of " + name, to_text(mask->rows()) + "x" + to_text(mask->cols()),
-             "is not of " + to_text(mine.layout.rows) + "x" + to_text(mine.layout.cols) + " atoms");
-      }
-    }
-    std::vector<int64_t> saved_counts(static_cast<size_t>(mine.layout.cells.num_cells));
-    std::vector<int64_t> counts = saved_counts;
-    kernels::count_atoms(mine.layout.cells, found[u]->mask.data(), saved_counts.data());
-    kernels::count_atoms(mine.layout.cells, mine.mask.data(), counts.data());
-    if (saved_counts != counts) {
-      fail("mask of " + name, to_text(found[u]->mask.count()),
-           "active atoms do not keep its budget of " + to_text(mine.mask.count()) +
-               " in equal cells");
-    }
-  }
-  for (size_t u = 0; u < units_.size(); ++u) {
-    Unit& mine = states_[u];
-    mine.ever_active = found[u]->ever_active;
-    set_mask(u, found[u]->mask);
-    mine.num_rows = found[u]->num_rows;
-    mine.num_updates = found[u]->num_updates;
-    mine.num_skipped = found[u]->num_skipped;
-    mine.grad_sum = found[u]->grad_sum.defined() ? found[u]->grad_sum.clone() : at::Tensor();
-  }
-  is_started_ = false;
 }
 
 }  // namespace perseid

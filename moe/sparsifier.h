@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "moe/parallel_groups.h"
+#include "moe/row_counts.h"
 #include "moe/sparse_budget.h"
 #include "moe/sparse_mask.h"
 #include "moe/sparse_schedule.h"
@@ -15,6 +17,9 @@
 #include "moe/sparse_unit.h"
 #include "moe/sparse_update.h"
 
+namespace torch::nn {
+class Module;
+}
 namespace torch::optim {
 class Optimizer;
 }
@@ -32,21 +37,46 @@ struct UnitLink {
   std::function<void(const at::Tensor& x, const at::Tensor& delta)> accumulate;
 };
 
-/// One weight whose entries are switched: a parameter [out, in], or one expert of [L, out, in].
-/// Weights are dense tensors; inactive entries are stored as 0.
+/// Which ranks hold a weight and train it alike.
+enum class Holders : uint8_t {
+  kAllRanks,  ///< dense parameters: all of ParallelGroups::world
+  kReplicas,  ///< experts: one group expert_replicas
+};
+
+/// One weight whose entries are switched: a parameter [out, in], one expert of [L, out, in], or
+/// some rows of either. Weights are dense tensors; inactive entries are stored as 0.
 struct SparseUnit {
-  std::string name;  ///< for errors and Budget::custom
+  std::string name;  ///< for errors and Budget::custom; equal on all its ranks
   UnitKey key;
   at::Tensor parameter;
-  int64_t slot = -1;  ///< parameter[slot] is the weight; -1: the parameter is
+  int64_t slot = -1;      ///< parameter[slot] is the weight; -1: the parameter is
+  int64_t first_out = 0;  ///< rows [first_out, first_out + num_out) of it are
+  int64_t num_out = -1;   ///< -1: all
+  Holders holders = Holders::kAllRanks;
   /// Set: the layer's backward hands over rows, and parameter.grad() need hold the gradient of
   /// active entries only. Null: parameter.grad() holds the gradient of all entries after backward.
   std::shared_ptr<UnitLink> link;
-  /// Without a link: Sparsifier::count_rows is called for this unit. With one, rows are counted.
-  bool counts_rows = false;
+  /// Rows are row_counts->rows[row_slot]. Null, without a link: see counts_rows. With a link they
+  /// are those that it is given.
+  std::shared_ptr<RowCounts> row_counts;
+  size_t row_slot = 0;
+  bool counts_rows = false;  ///< Sparsifier::count_rows is called for this unit
 
   at::Tensor weight() const;  ///< [out, in], detached, shares memory with the parameter
+  /// The same part of a tensor that is shaped like the parameter.
+  at::Tensor part_of(const at::Tensor& tensor) const;
 };
+
+/// The 2-D weights of a module and those below it that a Sparsifier may have, by their names in it,
+/// each with a Matrix of its own: not those of gates, norms and embeddings, nor of Experts, which
+/// have sparse_units. Without layers and experts in their keys.
+std::vector<SparseUnit> module_matrices(const torch::nn::Module& module);
+
+/// Those of any module whose names fit `pattern` (* stands for any text), with the names
+/// "layer<layer>.<name>". Their rows are not counted. Throws ConfigError if none fits.
+/// @param layer  tells modules of a model apart, also from its layers of experts
+std::vector<SparseUnit> sparse_units(const torch::nn::Module& module, const std::string& pattern,
+                                     int64_t layer);
 
 /// The L units of an expert tensor.
 /// @param parameter   [L, out, in]
@@ -89,7 +119,8 @@ struct SparsifierConfig {
   /// counted only.
   int64_t min_rows = 64;
   uint64_t seed = 0;
-  /// Keys of the units of all ranks; empty: those of this Sparsifier. Staggered ones need them.
+  /// One process that has some of the units of a model only: the keys of all, for updates that take
+  /// turns. Empty: there are no others. With several ranks it stays empty.
   std::vector<UnitKey> all_units;
 };
 /// One line for a log: every field that changes the training.
@@ -115,7 +146,7 @@ struct UnitUpdate {
 };
 struct UpdateReport {
   int64_t step = 0;
-  std::vector<UnitUpdate> units;  ///< those that were to update now
+  std::vector<UnitUpdate> units;  ///< those of this rank that were to update now
 };
 
 struct UnitStats {
@@ -124,7 +155,21 @@ struct UnitStats {
   double ever_active = 0;  ///< share of the atoms that were active at any time (the ITOP rate)
   int64_t num_updates = 0;
   int64_t num_skipped = 0;
+  double churn = 0;          ///< mean over the updates of dropped / active atoms
   uint64_t fingerprint = 0;  ///< of the mask
+};
+/// Sums over the units of all ranks, each once.
+struct SparsityTotals {
+  int64_t nnz = 0;          ///< active weights
+  int64_t size = 0;         ///< active and inactive ones
+  int64_t ever_active = 0;  ///< atoms that were active at any time
+  int64_t num_atoms = 0;
+  int64_t num_updates = 0;
+  int64_t num_skipped = 0;
+  double churn = 0;  ///< mean over the updates of dropped / active atoms
+
+  double density() const;
+  double itop_rate() const;  ///< ever_active / num_atoms
 };
 
 /// What training needs to go on: masks, counters and sums of gradients. Weights and states of the
@@ -136,36 +181,53 @@ struct UnitState {
   int64_t num_rows = 0;  ///< since the last update
   int64_t num_updates = 0;
   int64_t num_skipped = 0;
-  at::Tensor grad_sum;  ///< [out, in], inside a window of grad_accum steps; else undefined
+  double churn_sum = 0;    ///< of dropped / active atoms over the updates
+  int64_t total_rows = 0;  ///< since the start, with Clock::kTokens
+  int64_t window = -1;     ///< of its last update, with Clock::kTokens
+  at::Tensor grad_sum;     ///< [out, in], inside a window of grad_accum steps; else undefined
 };
 struct SparsifierState {
-  static constexpr int64_t kVersion = 1;
+  static constexpr int64_t kVersion = 2;
   int64_t version = kVersion;
   uint64_t config_hash = 0;
-  std::vector<UnitState> units;
+  double mean_rows = 0;           ///< of Clock::kTokens; 0: still being measured
+  int64_t num_counted_steps = 0;  ///< in which rows were counted for it
+  std::vector<UnitState> units;   ///< of all ranks, ordered by key
 };
 
 /// Keeps weights sparse while they are trained, each with an exact number of active entries, and
-/// moves these entries. For one process: the budget is shared by the units that it is given, and
-/// gradients are not summed here. Random numbers depend on keys only: equal budgets give equal
-/// masks whatever other units there are.
+/// moves these entries. Random numbers depend on keys only: masks and updates do not depend on the
+/// number of ranks, on which rank holds what, or on the order of the units.
 ///
-///   Sparsifier sparsifier(units, presets::rigl(0.1, total_steps));
+///   Sparsifier sparsifier(layer.experts()->sparse_units(0), presets::rigl(0.1, total_steps),
+///                         layer.groups());
 ///   sparsifier.attach(optimizer);
 ///   for each step:
 ///     sparsifier.begin_step(step);
 ///     loss.backward();
+///     sum_gradients(model, groups);   // with several ranks, see moe/gradients.h
 ///     sparsifier.end_backward(step);  // then clip: norms are of the masked gradient
 ///     optimizer.step();
 ///     sparsifier.end_step(step);
+///
+/// Ranks: budgets are shared by the units of all ranks. A unit is updated by each rank that holds
+/// it, from the same numbers: its gradient, which sum_gradients has summed, or what its link was
+/// given, which is summed here, with its sign; and the rows of all ranks. Each update compares the
+/// new masks of all holders before it makes them. Constructor, end_backward, end_step, state_dict,
+/// load and totals are collective over groups.world; what one rank refuses is refused by all, and
+/// nothing is changed then. Scores that are equal bit for bit give equal masks: so it is with
+/// random growth if weights are, and with gradients where the layer gives them so,
+/// MoELayerOptions::strict with one replica of each expert; else sums of replicas differ in
+/// rounding from those of one process.
 ///
 /// Evaluate and save before the update of a step, not after it: grown weights are untrained.
 class Sparsifier {
  public:
   /// Draws the first masks and sets inactive weights to 0. Throws ConfigError for a unit that is
   /// named or passed twice, shapes that the structure does not fit, or a budget that cannot be
-  /// kept.
-  Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config);
+  /// kept; RanksDisagree for configurations or units that differ between ranks.
+  /// @param groups  of the model; by default those of one process
+  Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config, ParallelGroups groups = {});
   ~Sparsifier();
   Sparsifier(const Sparsifier&) = delete;
   Sparsifier& operator=(const Sparsifier&) = delete;
@@ -174,7 +236,8 @@ class Sparsifier {
   /// parameters; it must outlive this. Without an optimizer end_step sets inactive weights to 0.
   void attach(torch::optim::Optimizer& optimizer);
 
-  /// What the step will do: a function of step, unit and configuration.
+  /// What the step will do: a function of step, unit and configuration, with Clock::kTokens also of
+  /// the rows so far.
   StepPlan plan(int64_t step) const;
   /// Starts a step, before its backward.
   StepPlan begin_step(int64_t step);
@@ -182,7 +245,8 @@ class Sparsifier {
   void count_rows(const UnitKey& key, int64_t num_rows);
   /// After backward: updates what is due unless the order is kAfterStep, then sets gradients of
   /// inactive weights to 0. An undefined gradient counts as 0. Throws Diverged that names unit and
-  /// step for a NaN or an infinity among the scores; no mask or weight has changed then.
+  /// step for a NaN or an infinity among the scores, RanksDisagree that names unit and ranks if the
+  /// holders of a unit come to different masks; no mask or weight has changed then.
   UpdateReport end_backward(int64_t step);
   /// After the optimizer step: updates what is due if the order is kAfterStep.
   UpdateReport end_step(int64_t step);
@@ -192,39 +256,65 @@ class Sparsifier {
   const PackedMask& mask(const UnitKey& key) const;  ///< of atoms
   const AtomLayout& layout(const UnitKey& key) const;
   UnitStats stats(const UnitKey& key) const;
-  int64_t nnz() const;  ///< active weights of all units
-  /// What the budget asks for beyond nnz(), because units take whole granules (Allocation::rest).
+  int64_t nnz() const;  ///< active weights of the units of this rank
+  SparsityTotals totals() const;
+  /// What the budget asks for beyond the active weights of all ranks, because units take whole
+  /// granules (Allocation::rest).
   int64_t budget_rest() const { return budget_rest_; }
 
   /// Draws active weights from a normal distribution of std gain / sqrt(active entries of the row).
   void reset_weights(double gain);
 
-  SparsifierState state_dict() const;  ///< copies
-  /// Units of other ranks in `state` are ignored. Sets weights outside the masks to 0. Throws
-  /// ConfigError for another version or configuration, a missing unit, or a mask that does not have
-  /// this unit's shape and budget; nothing is changed then.
+  /// The same on every rank, whatever their number: copies of the units of all.
+  SparsifierState state_dict() const;
+  /// Of any number of ranks. Units that `state` has beyond those of this model are ignored. Sets
+  /// weights outside the masks to 0. Throws ConfigError for another version or configuration, a
+  /// missing unit, or a mask that does not have its unit's shape and budget, RanksDisagree for
+  /// states that differ between ranks; nothing is changed then.
   void load(const SparsifierState& state);
 
  private:
   struct Unit;
+  struct Known;
   struct Proposal;
   Unit& find(const UnitKey& key);
   const Unit& find(const UnitKey& key) const;
   bool needs_gradient() const;
+  bool has_token_clock(const Known& unit) const;
+  double mean_rows(int64_t step) const;
+  double time_of(const Known& unit, int64_t step) const;
+  bool is_due(const Known& unit, int64_t step) const;
+  bool is_primary(size_t u) const;
+  int64_t rows_here(size_t u) const;
   void add_gradient(size_t u, const at::Tensor& gradient);
+  void add_link_gradients(Holders holders, const comm::CallSite& site);
+  std::vector<int64_t> summed_rows(const comm::CallSite& site) const;
+  void sum_rows(const comm::CallSite& site);
   UpdateReport update(int64_t step);
   Proposal propose(size_t u, int64_t step);
   void apply(size_t u, int64_t step, const MaskUpdate& change);
   void set_mask(size_t u, PackedMask mask);
+  void check_arguments() const;
+  void know_units(const comm::CallSite& site);
+  void require_same_fingerprints(const std::vector<size_t>& units,
+                                 const std::vector<uint64_t>& fingerprints, const char* what,
+                                 const comm::CallSite& site) const;
   void require_step(const char* call, int64_t step) const;
+  std::string config_text() const;
   uint64_t config_hash() const;
 
   std::vector<SparseUnit> units_;
   SparsifierConfig config_;
-  std::vector<Unit> states_;  ///< of each of units_
+  ParallelGroups groups_;
+  std::vector<int> replica_ranks_;  ///< of groups_.expert_replicas, in world
+  std::vector<Unit> states_;        ///< of each of units_
+  std::vector<Known> known_;        ///< units of all ranks, ordered by key
   std::vector<torch::optim::Optimizer*> optimizers_;
   int64_t budget_rest_ = 0;
+  double mean_rows_ = 0;  ///< of the token clock; 0: still being measured
+  int64_t num_counted_steps_ = 0;
   StepPlan current_;
+  std::vector<size_t> due_;  ///< places in known_ that update in the current step
   bool is_started_ = false;
 };
 

@@ -71,6 +71,8 @@ std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
       << " alpha=" << schedule.alpha << " anneal=" << name_of(schedule.anneal)
       << " power=" << schedule.power << " alpha_min=" << schedule.alpha_min
       << " stagger=" << schedule.stagger
+      << " clock=" << (schedule.clock == Clock::kStep ? "step" : "tokens")
+      << " mean_rows=" << schedule.mean_rows
       << " grown=" << (state.weight == GrownWeight::kZero ? "zero" : "normal")
       << " weight_std=" << state.weight_std
       << " second_moment=" << (state.second_moment == GrownSecondMoment::kZero ? "zero" : "mean")

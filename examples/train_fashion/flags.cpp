@@ -49,6 +49,11 @@ const std::map<std::string, gates::PermScope> kScopes = {{"shared", gates::PermS
                                                          {"per_gate", gates::PermScope::kPerGate},
                                                          {"per_tree", gates::PermScope::kPerTree}};
 
+const std::map<std::string, SparseMethod> kSparseMethods = {{"none", SparseMethod::kNone},
+                                                            {"static", SparseMethod::kStatic},
+                                                            {"set", SparseMethod::kSet},
+                                                            {"rigl", SparseMethod::kRigl}};
+
 template <typename T>
 std::vector<std::string> keys_of(const std::map<std::string, T>& table) {
   std::vector<std::string> keys;
@@ -95,6 +100,29 @@ void look_up_search(const Words& words, const CLI::App& app, ProgramOptions& opt
                                std::string("per_tree needs gates with trees or selectors, dselectk "
                                            "or comet, but ") +
                                    gate_name(gate) + " has none; choose shared or per_gate");
+  }
+}
+
+void look_up_sparsity(const Words& words, const CLI::App& app, ProgramOptions& options) {
+  SparsityOptions& sparsity = options.train.sparsity;
+  sparsity.method = kSparseMethods.at(words.dst);
+  const bool any = sparsity.method != SparseMethod::kNone;
+  if (any && options.task == Task::kMulti && options.experts == ExpertKind::kConv) {
+    throw CLI::ValidationError("--dst",
+                               words.dst + " needs --experts mlp: convolutions cannot be sparse");
+  }
+  if (sparsity.sparsity > 0 && !any) {
+    throw CLI::ValidationError("--sparsity", "needs --dst static, set or rigl");
+  }
+  if (sparsity.sparsity == 0 && any) {
+    throw CLI::ValidationError("--dst", words.dst + " needs --sparsity above 0");
+  }
+  for (const char* flag : {"--dst-every", "--dst-alpha"}) {
+    const bool moves =
+        sparsity.method == SparseMethod::kSet || sparsity.method == SparseMethod::kRigl;
+    if (!moves && app.count(flag) > 0) {
+      throw CLI::ValidationError(flag, "needs --dst set or rigl");
+    }
   }
 }
 
@@ -236,6 +264,34 @@ void add_search_flags(CLI::App& app, ProgramOptions& options, Words& words) {
       ->group("Search");
 }
 
+void add_sparsity_flags(CLI::App& app, ProgramOptions& options, Words& words) {
+  SparsityOptions& sparsity = options.train.sparsity;
+  app.add_option("--sparsity", sparsity.sparsity,
+                 "share of the weights of experts that are kept at 0; biases and gates are dense")
+      ->check(in_range<double>(0, 0.9999))
+      ->capture_default_str()
+      ->group("Sparsity");
+  app.add_option(
+         "--dst", words.dst,
+         "which weights are 0. static: a random choice that stays; set: the smallest of both signs "
+         "make room for random ones; rigl: for those with the largest gradients. Grown weights "
+         "start with 0")
+      ->check(one_of({"none", "static", "set", "rigl"}))
+      ->capture_default_str()
+      ->group("Sparsity");
+  app.add_option("--dst-every", sparsity.every,
+                 "steps between two updates of set and rigl, up to three quarters of the run")
+      ->check(in_range<int64_t>(1, kMany))
+      ->capture_default_str()
+      ->group("Sparsity");
+  app.add_option("--dst-alpha", sparsity.alpha,
+                 "share of the active weights that an update moves; of rigl at the start, it falls "
+                 "as a cosine")
+      ->check(in_range<double>(0, 1))
+      ->capture_default_str()
+      ->group("Sparsity");
+}
+
 void add_training_flags(CLI::App& app, ProgramOptions& options) {
   TrainOptions& train = options.train;
   app.add_option("--lr", train.lr, "learning rate of Adam")
@@ -362,6 +418,7 @@ void look_up(const Words& words, const CLI::App& app, ProgramOptions& options) {
   options.train.input_norm = words.input_norm == "layer_norm";
   options.train.dtype = kDTypes.at(words.dtype);
   look_up_search(words, app, options);
+  look_up_sparsity(words, app, options);
 }
 
 }  // namespace perseid::examples

@@ -6,6 +6,7 @@
 #include "examples/common/console.h"
 #include "examples/common/text.h"
 #include "examples/train_fashion/search_report.h"
+#include "examples/train_fashion/sparsity_report.h"
 
 namespace perseid::examples {
 namespace {
@@ -108,7 +109,7 @@ std::string result_line(const FinishedMulti& run) {
         score.cross_entropy, score.experts_per_token, score.max_vio,
         load_bars(score.tokens_per_expert).c_str());
   }
-  return lines + search_lines(result.search);
+  return lines + sparsity_line(result.sparsity) + search_lines(result.search);
 }
 
 std::string final_table(const std::vector<FinishedMulti>& runs) {
@@ -118,6 +119,10 @@ std::string final_table(const std::vector<FinishedMulti>& runs) {
   const bool has_search = std::any_of(runs.begin(), runs.end(), [](const FinishedMulti& run) {
     return run.result.search.is_used();
   });
+  const bool is_sparse = std::any_of(runs.begin(), runs.end(), [](const FinishedMulti& run) {
+    return run.result.sparsity.is_used();
+  });
+  if (is_sparse) add_sparsity_header(header);
   if (has_search) add_search_header(header);
   std::vector<std::vector<std::string>> rows;
   for (auto first = runs.begin(); first != runs.end();) {
@@ -136,12 +141,16 @@ std::string final_table(const std::vector<FinishedMulti>& runs) {
       for (const Column& column : shared_columns()) {
         rows.back().push_back(task == 0 ? text(column) : "");
       }
-      if (!has_search) continue;
-      std::vector<SearchResult> searches;  // of both tasks together
+      std::vector<SparsityResult> sparsities;  // of both tasks together
+      std::vector<SearchResult> searches;
       if (task == 0) {
-        std::for_each(first, last,
-                      [&](const FinishedMulti& run) { searches.push_back(run.result.search); });
+        std::for_each(first, last, [&](const FinishedMulti& run) {
+          sparsities.push_back(run.result.sparsity);
+          searches.push_back(run.result.search);
+        });
       }
+      if (is_sparse) add_sparsity_cells(sparsities, rows.back());
+      if (!has_search) continue;
       add_search_cells(searches, rows.back());
     }
     first = last;
@@ -180,6 +189,7 @@ JsonObject result_json(const FinishedMulti& run, const MultiOptions& options, in
       {"tokens_per_expert_top_left", result.test.tasks[0].tokens_per_expert},
       {"tokens_per_expert_bottom_right", result.test.tasks[1].tokens_per_expert},
       {"seconds_per_epoch", result.seconds_per_epoch}};
+  add_sparsity(object, train, result.sparsity);
   add_search(object, train, result.search);
   add_curves(object, "train", result, &EpochScore::train);
   add_curves(object, "validation", result, &EpochScore::validation);

@@ -17,6 +17,7 @@
 #include "examples/train_fashion/optimizer.h"
 #include "examples/train_fashion/search.h"
 #include "examples/train_fashion/shard.h"
+#include "examples/train_fashion/sparsity.h"
 #include "moe/gradients.h"
 
 namespace perseid::examples {
@@ -117,6 +118,7 @@ class Trainer {
         steps_per_epoch_(data.train.size() / options_.global_batch_size),
         model_(world, options),
         optimizer_(model_, model_.layer().gates(), options_),
+        sparse_(model_.layer(), optimizer_, options_, num_steps_),
         meter_(options_),
         search_(model_, model_.layer(), options_, data.train.size(),
                 [this](std::span<const int64_t> samples) { return held_loss(samples); }) {
@@ -154,6 +156,8 @@ class Trainer {
     search_.repair();
     return search_.result();
   }
+
+  const SparseExperts& sparse() const { return sparse_; }
 
   bool finished() const { return step_ == num_steps_; }
   MultiModel& model() { return model_; }
@@ -196,9 +200,12 @@ class Trainer {
     const at::Tensor cross_entropy = mean_loss(of_tasks);
     const at::Tensor loss = cross_entropy + output.layer.loss();
     optimizer_.zero_grad();
+    sparse_.before_step(step_);
     loss.backward();
     sum_gradients(model_, model_.layer().groups());
+    sparse_.after_backward(step_);
     optimizer_.step(input.progress);
+    sparse_.after_step(step_);
     model_.layer().after_step(output.layer.stats);
 
     ++step_;
@@ -221,6 +228,7 @@ class Trainer {
   const int64_t steps_per_epoch_;
   MultiModel model_;
   GateAdam optimizer_;
+  SparseExperts sparse_;
   Meter meter_;
   OrderSearch search_;
   int64_t step_ = 0;
@@ -277,7 +285,9 @@ MultiResult train_multi(const comm::Group& world, const MultiData& data,
   result.num_steps = static_cast<int64_t>(result.losses.size());
   result.search = trainer.finish_search();
   result.seconds_per_epoch = trainer.seconds_per_epoch();
+  result.sparsity = trainer.sparse().result();
   result.weights = collect_weights(trainer.model(), options);
+  trainer.sparse().add_masks(result.weights);
   return result;
 }
 

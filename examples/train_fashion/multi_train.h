@@ -58,6 +58,7 @@ struct MultiResult {
   int64_t best_epoch = 0;  ///< that with the least mean validation cross-entropy
   MultiScore test;         ///< after the best epoch
   SearchResult search;
+  SparsityResult sparsity;
   double seconds_per_epoch = 0;  ///< of training, searches included, without validation and test
   std::vector<double> losses;    ///< of every step: (CE + CE) / 2 + losses of the gates
   std::vector<WeightDump> weights;

@@ -18,6 +18,7 @@ class GateAdam {
   /// @param options  lr, adam_eps, gate_lr_factor, lr_decay
   GateAdam(const torch::nn::Module& model, const std::vector<std::shared_ptr<gates::Gate>>& gates,
            const TrainOptions& options);
+  torch::optim::Adam& optimizer() { return optimizer_; }
   void zero_grad() { optimizer_.zero_grad(); }
   /// @param progress  of the run, in [0, 1], see learning_rate
   void step(double progress);

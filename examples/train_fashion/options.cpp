@@ -49,6 +49,7 @@ CommandLine parse_command_line(int argc, const char* const* argv) {
   app.get_formatter()->column_width(46);
   add_model_flags(app, options, words);
   add_search_flags(app, options, words);
+  add_sparsity_flags(app, options, words);
   add_training_flags(app, options);
   add_parallel_flags(app, options);
   add_output_flags(app, options);
@@ -104,6 +105,10 @@ uint32_t config_hash(const ProgramOptions& options) {
     add(static_cast<uint64_t>(value));
   }
   add_real(search.permutation.until());
+  add_real(train.sparsity.sparsity);
+  add(static_cast<uint64_t>(train.sparsity.method));
+  add(static_cast<uint64_t>(train.sparsity.every));
+  add_real(train.sparsity.alpha);
   add(train.hard_eval ? 1 : 0);
   add(train.input_norm ? 1 : 0);
   add(static_cast<uint64_t>(options.task));

@@ -14,6 +14,7 @@
 #include "examples/common/text.h"
 #include "examples/train_fashion/metrics.h"
 #include "examples/train_fashion/search_report.h"
+#include "examples/train_fashion/sparsity_report.h"
 
 namespace perseid::examples {
 namespace {
@@ -130,6 +131,8 @@ std::string start_table(const ProgramOptions& options, const std::string& folder
                                              : std::string("0 (dropless)")});
   const std::string search = search_text(train, options.gates);
   if (!search.empty()) settings.push_back({"order of experts", search});
+  const std::string sparsity = sparsity_text(train);
+  if (!sparsity.empty()) settings.push_back({"sparse experts", sparsity});
   const std::string dtype = train.dtype == kernels::DType::kFloat64    ? "float64"
                             : train.dtype == kernels::DType::kBFloat16 ? "bfloat16"
                                                                        : "float32";
@@ -194,7 +197,7 @@ std::string result_line(const FinishedRun& run) {
              gate_name(run.gate), static_cast<unsigned long long>(run.seed), result.accuracy,
              result.cross_entropy, result.experts_per_token, result.max_vio, result.domain_nmi,
              result.seconds, load_bars(result.tokens_per_expert).c_str()) +
-         search_lines(result.search);
+         sparsity_line(result.sparsity) + search_lines(result.search);
 }
 
 std::string final_table(const std::vector<FinishedRun>& runs) {
@@ -216,6 +219,10 @@ std::string final_table(const std::vector<FinishedRun>& runs) {
       runs.begin(), runs.end(), [](const FinishedRun& run) { return run.result.search.is_used(); });
   std::vector<std::string> header{"gate"};
   for (const Column& column : columns) header.emplace_back(column.name);
+  const bool is_sparse = std::any_of(runs.begin(), runs.end(), [](const FinishedRun& run) {
+    return run.result.sparsity.is_used();
+  });
+  if (is_sparse) add_sparsity_header(header);
   if (has_search) add_search_header(header);
   std::vector<std::vector<std::string>> rows;
   for (auto first = runs.begin(); first != runs.end();) {
@@ -225,6 +232,11 @@ std::string final_table(const std::vector<FinishedRun>& runs) {
     rows.push_back({gate_name(first->gate)});
     for (const Column& column : columns) {
       rows.back().push_back(mean_of_runs(same, column.format, column.value));
+    }
+    if (is_sparse) {
+      std::vector<SparsityResult> results;
+      for (const FinishedRun& run : same) results.push_back(run.result.sparsity);
+      add_sparsity_cells(results, rows.back());
     }
     if (has_search) {
       std::vector<SearchResult> searches;
@@ -265,6 +277,7 @@ JsonObject result_json(const FinishedRun& run, const TrainOptions& options, int 
                     {"seconds_per_epoch", result.seconds_per_epoch},
                     {"domains", std::vector<std::string>(kDomainNames.begin(), kDomainNames.end())},
                     {"domain_expert", shortened(result.domain_expert)}};
+  add_sparsity(object, options, result.sparsity);
   add_search(object, options, result.search);
   add_curve(object, result.curve);
   if (result.trees.num_trees > 0) {

@@ -15,6 +15,7 @@
 #include "examples/train_fashion/optimizer.h"
 #include "examples/train_fashion/search.h"
 #include "examples/train_fashion/shard.h"
+#include "examples/train_fashion/sparsity.h"
 #include "moe/gradients.h"
 
 namespace perseid::examples {
@@ -50,6 +51,7 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
   const comm::Group& world = layer.groups().world;
   GateAdam optimizer(layer, layer.gates(), options);
   const int64_t num_images = images.labels.size(0);
+  SparseExperts sparse(layer, optimizer, options, num_steps(options, num_images));
   const int64_t steps_per_epoch = num_images / options.global_batch_size;
   const Shard shard = shard_of(options.global_batch_size, world, options.idle_ranks);
   result.num_steps = num_steps(options, num_images);
@@ -77,9 +79,12 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
         options, step, progress);
     const at::Tensor loss = cross_entropy + output.loss();
     optimizer.zero_grad();
+    sparse.before_step(step);
     loss.backward();
     sum_gradients(layer, layer.groups());
+    sparse.after_backward(step);
     optimizer.step(progress);
+    sparse.after_step(step);
     layer.after_step(output.stats);
 
     result.losses.push_back(loss.item<double>());
@@ -97,6 +102,8 @@ void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& opti
       result.curve.push_back(curve.report(step + 1, result.num_steps, world));
     }
   }
+  result.sparsity = sparse.result();
+  sparse.add_masks(result.weights);
   result.rows_per_token =
       static_cast<double>(rows) / static_cast<double>(result.num_steps * options.global_batch_size);
   comm::all_reduce(result.losses.data(), static_cast<int64_t>(result.losses.size()),
@@ -181,7 +188,8 @@ RunResult train_domains(const comm::Group& world, const DomainData& data,
   evaluate(*layer, ImageTensors(data.test, options.gate), options, result);
   search.repair();
   result.search = search.result();
-  result.weights = collect_weights(*layer, options.num_experts);
+  const std::vector<WeightDump> weights = collect_weights(*layer, options.num_experts);
+  result.weights.insert(result.weights.begin(), weights.begin(), weights.end());
   return result;
 }
 

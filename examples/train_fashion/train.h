@@ -24,6 +24,16 @@ struct SearchOptions {
   int64_t scramble = 0;          ///< trials of a repair after the training
 };
 
+enum class SparseMethod : uint8_t { kNone, kStatic, kSet, kRigl };
+
+/// Weights of experts that are kept at 0, and which.
+struct SparsityOptions {
+  double sparsity = 0;  ///< share of 0, in [0, 1)
+  SparseMethod method = SparseMethod::kNone;
+  int64_t every = 100;  ///< steps between two updates of the masks
+  double alpha = 0.3;   ///< share of the other weights that an update moves
+};
+
 /// Settings of one run; defaults are the recipe of README.md.
 struct TrainOptions {
   GateKind gate = GateKind::kTopK;
@@ -52,6 +62,7 @@ struct TrainOptions {
   int64_t idle_ranks = 0;      ///< the last ranks that get no images
   int64_t log_interval = 100;  ///< steps between two reports
   SearchOptions search;
+  SparsityOptions sparsity;
 };
 
 /// Parameters of the whole model and those that one image meets; of
@@ -91,6 +102,21 @@ struct SearchResult {
   std::vector<RepairTrial> repairs;
 
   bool is_used() const { return !maps.empty(); }
+};
+
+/// Masks at the end of a run; the same on every rank.
+struct SparsityResult {
+  int64_t nnz = 0;  ///< active weights of all experts
+  int64_t size = 0;
+  int64_t num_updates = 0;  ///< of matrices
+  int64_t num_skipped = 0;
+  double churn = 0;      ///< mean share of the active weights that an update moved
+  double itop_rate = 0;  ///< share of the weights that were active at any time
+
+  bool is_used() const { return size > 0; }
+  double density() const {
+    return size > 0 ? static_cast<double>(nnz) / static_cast<double>(size) : 0;
+  }
 };
 
 struct NamedValue {
@@ -145,6 +171,7 @@ struct RunResult {
   std::vector<StepReport> curve;  ///< means over at most 50 pieces of the training, in order
   double rows_per_token = 0;      ///< rows that experts processed for an image, all training
   SearchResult search;
+  SparsityResult sparsity;
   double seconds = 0;  ///< of training, searches included: without loading and testing
   double seconds_per_epoch = 0;
   std::vector<double> losses;  ///< of every step: cross-entropy + losses of the gate

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The same run in one process and under mpirun at 1, 2 and 4 ranks, also with a rank without images:
 # losses and weights after 50 steps must agree. DSelect-k and COMET at 2 ranks, one of them idle; two
-# tasks with a gate each after 10 steps; searches over the order of experts, with the orders found.
+# tasks with a gate each after 10 steps; searches over the order of experts, with the orders found;
+# sparse experts with their masks.
 #   mpi_equality.sh TRAIN_FASHION MPIEXEC FOLDER_OF_THIS_TEST WORK_FOLDER
 set -euo pipefail
 train=$1 mpiexec=$2 here=$3 work=$4
@@ -56,6 +57,17 @@ for search in "topk swap shared" "comet swap per_tree" "dselectk sinkhorn shared
   run mpi2idle float64 "$mpiexec" -n 2 "${searching[@]}" --idle-ranks 1
   grep -q permutation_0.expert_map "$work/one.float64.json"
   python3 "$here/compare_dumps.py" max "$tolerance" "$work"/{one,mpi2,mpi2idle}.float64.json
+done
+
+# Sparse experts; the masks are part of the dumps.
+for dst in static set rigl; do
+  sparse=("$train" --dst "$dst" --sparsity 0.8)
+  [ "$dst" = static ] || sparse+=(--dst-every 3)
+  run one float64 "${sparse[@]}"
+  run mpi2 float64 "$mpiexec" -n 2 "${sparse[@]}"
+  run mpi2replicas float64 "$mpiexec" -n 2 "${sparse[@]}" --ep-size 1
+  grep -q "mask of layer 0, expert 7, w1" "$work/one.float64.json"
+  python3 "$here/compare_dumps.py" max 1e-12 "$work"/{one,mpi2,mpi2replicas}.float64.json
 done
 
 # Two tasks with a gate each.

@@ -3,6 +3,7 @@
 //   Fraction  constant, cosine, poly, linear at the ends and in between; never below alpha_min
 //   Stagger   each unit once per window, spread evenly, whatever the order of the keys; none after
 //   end
+//   Windows   of the token clock: floor((time - begin - offset) / every) from begin on, before end
 #include "moe/sparse_schedule.h"
 
 #include <gtest/gtest.h>
@@ -99,6 +100,25 @@ TEST(SparseSchedule, Stagger) {
   EXPECT_EQ(update_offsets(schedule, experts), std::vector<int64_t>(4, 0));
 }
 
+TEST(SparseSchedule, Windows) {
+  Schedule schedule;
+  schedule.begin = 7;
+  schedule.every = 10;
+  schedule.end = 40;
+  const auto at = [&](double time) { return update_window(schedule, time, 2); };
+  EXPECT_EQ(at(8.99), -1);
+  EXPECT_EQ(at(9), 0);
+  EXPECT_EQ(at(18.99), 0);
+  EXPECT_EQ(at(19), 1);
+  EXPECT_EQ(at(39.5), 3);
+  EXPECT_EQ(at(40), -1);
+  // At whole times the windows begin with the updates of the step clock.
+  for (int64_t step = 1; step < 60; ++step) {
+    const auto time = static_cast<double>(step);
+    EXPECT_EQ(is_update_step(schedule, step, 2), at(time) > at(time - 1)) << step;
+  }
+}
+
 TEST(SparseSchedule, Refused) {
   Schedule schedule;
   EXPECT_EQ(
@@ -112,6 +132,15 @@ TEST(SparseSchedule, Refused) {
   schedule.alpha = 1.5;
   EXPECT_EQ(config_error([&] { validate(schedule); }),
             "[sparse_schedule] alpha=1.5 is outside [0, 1]");
+  schedule.alpha = 0.5;
+  schedule.mean_rows = -1;
+  EXPECT_EQ(config_error([&] { validate(schedule); }),
+            "[sparse_schedule] mean_rows=-1 is not a finite number of 0 or more");
+  schedule.mean_rows = 0;
+  schedule.clock = Clock::kTokens;
+  EXPECT_EQ(
+      config_error([&] { validate(schedule); }),
+      "[sparse_schedule] mean_rows=0 is to be measured before begin=0; set it, or begin later");
 }
 
 }  // namespace

@@ -1,0 +1,68 @@
+#include "examples/train_fashion/sparsity.h"
+
+#include <cmath>
+
+#include "moe/sparse_presets.h"
+
+namespace perseid::examples {
+
+SparsifierConfig sparsifier_config(const TrainOptions& options, int64_t num_steps) {
+  const SparsityOptions& sparsity = options.sparsity;
+  // Exact: 1 - 0.9 in floating point is not 0.1.
+  const Density zeros(sparsity.sparsity);
+  const Density density =
+      Density::ratio(zeros.denominator() - zeros.numerator(), zeros.denominator());
+  SparsifierConfig config = sparsity.method == SparseMethod::kStatic
+                                ? presets::static_mask(density)
+                                : presets::rigl(density, num_steps, sparsity.every);
+  config.seed = options.seed;
+  if (sparsity.method == SparseMethod::kStatic) return config;
+  // The first update comes after as many steps as the others, so that its rows have come.
+  config.schedule.begin = sparsity.every;
+  config.schedule.alpha = sparsity.alpha;
+  if (sparsity.method == SparseMethod::kSet) {
+    config.rule.drop = DropCriterion::kSetSigned;
+    config.rule.grow = GrowCriterion::kRandom;
+    config.schedule.anneal = Anneal::kConstant;
+    config.order = UpdateOrder::kAfterStep;
+  }
+  return config;
+}
+
+SparseExperts::SparseExperts(const MoELayer& layer, GateAdam& optimizer,
+                             const TrainOptions& options, int64_t num_steps) {
+  if (options.sparsity.method == SparseMethod::kNone) return;
+  sparsifier_ = std::make_unique<Sparsifier>(layer.experts()->sparse_units(0),
+                                             sparsifier_config(options, num_steps), layer.groups());
+  sparsifier_->attach(optimizer.optimizer());
+}
+
+void SparseExperts::before_step(int64_t step) {
+  if (sparsifier_) sparsifier_->begin_step(step);
+}
+void SparseExperts::after_backward(int64_t step) {
+  if (sparsifier_) sparsifier_->end_backward(step);
+}
+void SparseExperts::after_step(int64_t step) {
+  if (sparsifier_) sparsifier_->end_step(step);
+}
+
+SparsityResult SparseExperts::result() const {
+  if (!sparsifier_) return {};
+  const SparsityTotals totals = sparsifier_->totals();
+  return {totals.nnz,         totals.size,  totals.num_updates,
+          totals.num_skipped, totals.churn, totals.itop_rate()};
+}
+
+void SparseExperts::add_masks(std::vector<WeightDump>& dumps) const {
+  if (!sparsifier_) return;
+  for (const UnitState& unit : sparsifier_->state_dict().units) {
+    WeightDump dump{"mask of " + to_string(unit.key), {unit.mask.rows(), unit.mask.cols()}, {}};
+    for (int64_t place = 0; place < unit.mask.num_places(); ++place) {
+      dump.values.push_back(unit.mask.test(place) ? 1 : 0);
+    }
+    dumps.push_back(std::move(dump));
+  }
+}
+
+}  // namespace perseid::examples

@@ -1,0 +1,61 @@
+#pragma once
+#include <string>
+#include <vector>
+
+#include "kernels/error.h"
+#include "moe/sparsifier.h"
+
+// Internal: what the Sparsifier keeps of each unit, for its source files.
+
+namespace perseid {
+
+inline constexpr const char* kSparsifier = "sparsifier";  ///< in errors
+
+[[noreturn]] inline void fail_sparsifier(const std::string& argument, const std::string& value,
+                                         const std::string& limit) {
+  throw ConfigError(ErrorDetail{kSparsifier, argument, value, limit});
+}
+
+/// Collective: the bytes of every rank, by rank.
+std::vector<std::string> gather_bytes(const std::string& mine, const comm::Group& group,
+                                      const comm::CallSite& site);
+
+/// A unit of this rank.
+struct Sparsifier::Unit {
+  AtomLayout layout;
+  size_t place = 0;  ///< in known_
+  PackedMask mask;
+  PackedMask ever_active;
+  at::Tensor inactive;        ///< [out, in] bool, where the parameter is
+  int64_t num_rows = 0;       ///< since the last update, over all ranks
+  int64_t num_pending = 0;    ///< rows of this rank that are not in any sum yet
+  int64_t num_rows_seen = 0;  ///< of the counter of its experts
+  int64_t num_updates = 0;
+  int64_t num_skipped = 0;
+  double churn_sum = 0;
+  at::Tensor link_gradient;  ///< what the link was given in this step
+  at::Tensor grad_sum;       ///< over the steps of a window, over all ranks
+};
+
+/// What every rank knows of a unit of any rank; equal on all of them.
+struct Sparsifier::Known {
+  UnitKey key;
+  std::string name;
+  int64_t out = 0;
+  int64_t in = 0;
+  Holders holders = Holders::kAllRanks;
+  bool counts_rows = false;
+  int64_t offset = 0;      ///< of its updates
+  int64_t total_rows = 0;  ///< over all ranks; of the token clock
+  int64_t window = -1;     ///< of its last update by the token clock
+  double time = 0;         ///< of its clock at the start of the current step
+};
+
+/// What an update of one unit would do.
+struct Sparsifier::Proposal {
+  size_t unit = 0;
+  UnitUpdate report;
+  MaskUpdate change;
+};
+
+}  // namespace perseid

@@ -1,0 +1,200 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/masked_select.h>
+#include <ATen/ops/where.h>
+#include <c10/core/GradMode.h>
+
+#include <cmath>
+#include <utility>
+
+#include "comm/agree.h"
+#include "moe/optimizer_states.h"
+#include "moe/sparsifier_unit.h"
+#include "moe/tensor_types.h"
+
+namespace perseid {
+namespace {
+
+/// [out, in] standard normal numbers of a key, on the host.
+at::Tensor normal_numbers(const AtomLayout& layout, bool is_double, kernels::RandomKey key) {
+  const at::Tensor result =
+      at::empty({layout.out, layout.in}, is_double ? at::kDouble : at::kFloat);
+  kernels::fill_normal(result.mutable_data_ptr(), result.numel(),
+                       is_double ? kernels::DType::kFloat64 : kernels::DType::kFloat32, key);
+  return result;
+}
+
+/// Mean of the marked elements; sums in order, so that threads do not matter. 0 without any.
+double mean_where(const at::Tensor& values, const at::Tensor& is_counted) {
+  const at::Tensor counted =
+      values.masked_select(is_counted).to(at::kCPU, at::kDouble).contiguous();
+  if (counted.numel() == 0) return 0;
+  const double* const data = counted.const_data_ptr<double>();
+  double sum = 0;
+  for (int64_t i = 0; i < counted.numel(); ++i) sum += data[i];
+  return sum / static_cast<double>(counted.numel());
+}
+
+}  // namespace
+
+UpdateReport Sparsifier::update(int64_t step) {
+  UpdateReport report;
+  report.step = step;
+  if (due_.empty()) return report;  // of all ranks
+  const comm::CallSite site{.operation = kSparsifier, .step = step};
+  if (config_.schedule.clock == Clock::kStep) sum_rows(site);
+  // All are proposed and compared before any is made: an error leaves everything as it was.
+  std::vector<Proposal> proposals;
+  comm::agree(groups_.world, site, [&] {
+    for (size_t u = 0; u < units_.size(); ++u) {
+      if (current_.actions[u] == UnitAction::kUpdate) proposals.push_back(propose(u, step));
+    }
+  });
+  std::vector<size_t> units;
+  std::vector<uint64_t> fingerprints;
+  for (const Proposal& proposal : proposals) {
+    const bool is_skipped = proposal.report.skipped != SkipReason::kNotSkipped;
+    const PackedMask& mask = is_skipped ? states_[proposal.unit].mask : proposal.change.mask;
+    units.push_back(proposal.unit);
+    fingerprints.push_back(kernels::splitmix64(mask.fingerprint() ^ (is_skipped ? 1 : 0)));
+  }
+  require_same_fingerprints(units, fingerprints, "mask", site);
+
+  for (const size_t i : due_) {
+    Known& unit = known_[i];
+    if (has_token_clock(unit)) {
+      unit.window = update_window(config_.schedule, unit.time, unit.offset);
+    }
+  }
+  for (const Proposal& proposal : proposals) {
+    Unit& state = states_[proposal.unit];
+    report.units.push_back(proposal.report);
+    state.grad_sum = at::Tensor();
+    if (proposal.report.skipped != SkipReason::kNotSkipped) {
+      ++state.num_skipped;
+      continue;
+    }
+    const int64_t num_active = state.mask.count();
+    apply(proposal.unit, step, proposal.change);
+    state.num_rows = 0;
+    ++state.num_updates;
+    if (num_active > 0) {
+      state.churn_sum +=
+          static_cast<double>(proposal.report.num_dropped) / static_cast<double>(num_active);
+    }
+  }
+  return report;
+}
+
+Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
+  const SparseUnit& unit = units_[u];
+  const Unit& state = states_[u];
+  Proposal result;
+  result.unit = u;
+  result.report.key = unit.key;
+  const at::Tensor& gradient = state.grad_sum;
+  if (known_[state.place].counts_rows && state.num_rows < config_.min_rows) {
+    result.report.skipped = SkipReason::kFewRows;
+  } else if (needs_gradient() && !gradient.defined()) {
+    result.report.skipped = SkipReason::kNoGradient;
+  }
+  if (result.report.skipped != SkipReason::kNotSkipped) return result;
+
+  const at::Tensor weight = unit.weight();
+  const at::Tensor drop_scores = config_.rule.drop == DropCriterion::kSetSigned
+                                     ? weight.to(at::kCPU, at::kFloat).contiguous()
+                                     : atom_scores(state.layout, weight);
+  const at::Tensor grow_scores =
+      needs_gradient() ? atom_scores(state.layout, gradient) : at::Tensor();
+  UpdateInput input;
+  input.active = &state.mask;
+  input.ever_active = &state.ever_active;
+  input.drop_scores = drop_scores.const_data_ptr<float>();
+  if (grow_scores.defined()) input.grow_scores = grow_scores.const_data_ptr<float>();
+  input.fraction = drop_fraction(config_.schedule, known_[state.place].time);
+  input.drop_key = draw_key(config_.seed, step, unit.key, UnitDraw::kDrop);
+  input.grow_key = draw_key(config_.seed, step, unit.key, UnitDraw::kGrow);
+  input.random_key = draw_key(config_.seed, step, unit.key, UnitDraw::kRandomGrow);
+  result.change = update_mask(state.layout, config_.rule, input);
+  if (result.change.num_non_finite > 0) {
+    ErrorDetail detail{kSparsifier, "scores of " + unit.name, to_text(result.change.num_non_finite),
+                       "are NaN or infinite; the training has diverged"};
+    detail.layer = static_cast<int>(unit.key.layer);
+    detail.step = step;
+    throw Diverged(detail);
+  }
+  if (result.change.has_no_gradient) result.report.skipped = SkipReason::kNoGradient;
+  result.report.num_dropped = result.change.num_dropped;
+  result.report.num_grown = result.change.num_grown;
+  return result;
+}
+
+void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
+  const SparseUnit& unit = units_[u];
+  const Unit& state = states_[u];
+  if (change.num_dropped == 0 && change.num_grown == 0) return;
+  const at::Tensor weight = unit.weight();
+  const at::Device device = weight.device();
+  const at::Tensor grown = position_mask(state.layout, change.grown).to(device);
+  const at::Tensor dropped = position_mask(state.layout, change.dropped).to(device);
+  const at::Tensor untouched = state.inactive.logical_or(dropped).logical_not_();
+  const at::Tensor changed = grown.logical_or(dropped);
+
+  weight.masked_fill_(changed, 0);
+  if (config_.state.weight == GrownWeight::kNormal) {
+    const at::Tensor start = normal_numbers(state.layout, weight.scalar_type() == at::kDouble,
+                                            draw_key(config_.seed, step, unit.key, UnitDraw::kFill))
+                                 .mul_(config_.state.weight_std)
+                                 .to(weight.options());
+    weight.copy_(at::where(grown, start, weight));
+  }
+  for (torch::optim::Optimizer* const optimizer : optimizers_) {
+    const OptimizerStates states = states_of(*optimizer, unit.parameter);
+    for (const at::Tensor& momentum : states.momentum) {
+      unit.part_of(momentum).masked_fill_(changed, 0);
+    }
+    for (const at::Tensor& moments : states.second_moment) {
+      const at::Tensor moment = unit.part_of(moments);
+      moment.masked_fill_(changed, 0);
+      if (config_.state.second_moment == GrownSecondMoment::kMean) {
+        moment.masked_fill_(grown, mean_where(moment, untouched));
+      }
+    }
+  }
+  set_mask(u, change.mask);
+}
+
+void Sparsifier::set_mask(size_t u, PackedMask mask) {
+  const c10::NoGradGuard no_grad;
+  Unit& state = states_[u];
+  state.mask = std::move(mask);
+  state.ever_active =
+      state.ever_active.num_places() == 0 ? state.mask : (state.ever_active | state.mask);
+  const at::Tensor weight = units_[u].weight();
+  state.inactive = position_mask(state.layout, state.mask).logical_not_().to(weight.device());
+  weight.masked_fill_(state.inactive, 0);
+  if (units_[u].link == nullptr) return;
+  UnitLink& link = *units_[u].link;
+  link.inactive = state.inactive;
+  link.active = position_bits(state.layout, state.mask);
+  link.density =
+      static_cast<double>(link.active.count()) / static_cast<double>(link.active.num_places());
+}
+
+void Sparsifier::reset_weights(double gain) {
+  require(std::isfinite(gain) && gain >= 0, kSparsifier, "gain", gain,
+          "is not a finite number of 0 or more");
+  const c10::NoGradGuard no_grad;
+  for (size_t u = 0; u < units_.size(); ++u) {
+    const at::Tensor weight = units_[u].weight();
+    const bool is_double = weight.scalar_type() == at::kDouble;
+    const at::Tensor numbers = normal_numbers(
+        states_[u].layout, is_double, draw_key(config_.seed, 0, units_[u].key, UnitDraw::kWeights));
+    const at::Tensor is_active = position_mask(states_[u].layout, states_[u].mask);
+    const at::Tensor fan_in = is_active.sum(1, /*keepdim=*/true).to(numbers.scalar_type());
+    // A row without active entries divides by 0, and the mask takes the result away.
+    const at::Tensor scaled = numbers.mul_(gain).div_(fan_in.sqrt_());
+    weight.copy_(scaled.masked_fill_(is_active.logical_not(), 0));
+  }
+}
+
+}  // namespace perseid
