@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <sstream>
 #include <utility>
 
@@ -78,6 +79,8 @@ struct Sparsifier::Unit {
   int64_t num_updates = 0;
   int64_t num_skipped = 0;
   at::Tensor grad_sum;
+  int64_t nnz = 0;  ///< of the budget
+  SoftMask soft;    ///< soft methods only
 };
 
 /// What an update of one unit would do.
@@ -115,6 +118,11 @@ bool StepPlan::has_update() const {
 Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
     : units_(std::move(units)), config_(std::move(config)) {
   validate(config_.schedule);
+  validate(config_.forward, config_.structure);
+  require(!config_.forward.is_soft() || config_.schedule.end_step() <= config_.schedule.begin,
+          kSparsifier, "end", config_.schedule.end_step(),
+          "is above begin=" + to_text(config_.schedule.begin) +
+              ", but a soft forward has no updates of masks; set end to begin");
   require(config_.grad_accum >= 1 && config_.grad_accum <= config_.schedule.every, kSparsifier,
           "grad_accum", config_.grad_accum,
           "is outside [1, every=" + to_text(config_.schedule.every) + "]");
@@ -160,6 +168,9 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
     budget_unit.granule = state.layout.granule();
     budget_unit.floor = state.layout.smallest_budget();
     if (state.layout.group_keep > 0) budget_unit.ceiling = budget_unit.floor;
+    for (const NmFrame& frame : config_.forward.frames) {
+      make_layout(Structure::n_of_m(frame.n, frame.m), weight.size(0), weight.size(1), unit.name);
+    }
     budget_units.push_back(budget_unit);
     keys.push_back(unit.key);
     states_.push_back(std::move(state));
@@ -176,8 +187,18 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
       fail("units", units_[u].name, "belongs to another Sparsifier");
     }
   }
+  for (size_t u = 0; u < units_.size(); ++u) states_[u].nnz = allocation.nnz[u];
+  if (config_.forward.is_soft()) choose_first_masks();
   // Nothing is refused from here on: links point to this.
   for (size_t u = 0; u < units_.size(); ++u) {
+    if (config_.forward.is_soft()) {
+      if (units_[u].link == nullptr) continue;
+      units_[u].link->accumulate = [](const at::Tensor&, const at::Tensor&) {};
+      units_[u].link->effective = [this, u](const at::Tensor& weight) {
+        return effective_weight(weight, states_[u].soft);
+      };
+      continue;
+    }
     set_mask(u, random_mask(states_[u].layout, allocation.nnz[u],
                             draw_key(config_.seed, 0, keys[u], UnitDraw::kFirstMask)));
     if (units_[u].link == nullptr) continue;
@@ -227,8 +248,10 @@ StepPlan Sparsifier::plan(int64_t step) const {
 
 StepPlan Sparsifier::begin_step(int64_t step) {
   require(step >= 0, kSparsifier, "step", step, "is negative");
+  if (config_.forward.is_soft()) choose_masks(step);
   current_ = plan(step);
   is_started_ = true;
+  last_step_ = step;
   // A sum that its update did not take, because a step was left out, is of no use.
   for (size_t u = 0; u < units_.size(); ++u) {
     if (current_.actions[u] == UnitAction::kNone) states_[u].grad_sum = at::Tensor();
@@ -275,6 +298,20 @@ UpdateReport Sparsifier::end_backward(int64_t step) {
     if (config_.order == UpdateOrder::kInsteadOfStep &&
         current_.actions[u] == UnitAction::kUpdate) {
       gradient = at::Tensor();
+    } else if (config_.forward.is_soft()) {
+      const SparseUnit& unit = units_[u];
+      add_gradient_term(config_.forward, states_[u].soft, unit.weight(),
+                        slot_of(gradient, unit.slot));
+      if (config_.forward.decoupled) {
+        const auto optimizer =
+            std::find_if(optimizers_.begin(), optimizers_.end(),
+                         [&](const auto* candidate) { return holds(*candidate, unit.parameter); });
+        if (optimizer == optimizers_.end()) {
+          fail("decoupled", "true", "needs the learning rate of " + unit.name + "; call attach");
+        }
+        decay_inactive(config_.forward, states_[u].soft,
+                       learning_rate_of(**optimizer, unit.parameter), unit.weight());
+      }
     } else {
       slot_of(gradient, units_[u].slot).masked_fill_(states_[u].inactive, 0);
     }
@@ -288,7 +325,7 @@ UpdateReport Sparsifier::end_step(int64_t step) {
   UpdateReport report;
   report.step = step;
   if (config_.order == UpdateOrder::kAfterStep) report = update(step);
-  if (optimizers_.empty()) {
+  if (optimizers_.empty() && !config_.forward.is_soft()) {
     for (size_t u = 0; u < units_.size(); ++u) {
       units_[u].weight().masked_fill_(states_[u].inactive, 0);
     }
@@ -416,6 +453,37 @@ void Sparsifier::set_mask(size_t u, PackedMask mask) {
       static_cast<double>(link.active.count()) / static_cast<double>(link.active.num_places());
 }
 
+void Sparsifier::set_soft_mask(size_t u, SoftMask mask) {
+  Unit& state = states_[u];
+  state.mask = mask.active;
+  state.ever_active =
+      state.ever_active.num_places() == 0 ? state.mask : (state.ever_active | state.mask);
+  state.soft = std::move(mask);
+}
+
+void Sparsifier::choose_first_masks() {
+  for (Unit& state : states_) state.soft.chosen_step = -1;
+  choose_masks(0);
+  // Others may change weights before the first step, which chooses anew.
+  for (Unit& state : states_) state.soft.chosen_step = -1;
+}
+
+void Sparsifier::choose_masks(int64_t step) {
+  const c10::NoGradGuard no_grad;
+  // All are chosen before any is set: an error leaves everything as it was.
+  std::vector<std::optional<SoftMask>> chosen(units_.size());
+  for (size_t u = 0; u < units_.size(); ++u) {
+    const Unit& state = states_[u];
+    if (!is_choice_due(config_.forward, step, state.soft.chosen_step)) continue;
+    chosen[u] = choose_soft_mask(config_.forward, state.layout, state.nnz, units_[u].weight(), step,
+                                 units_[u].name, units_[u].key.layer);
+  }
+  for (size_t u = 0; u < units_.size(); ++u) {
+    if (chosen[u].has_value()) set_soft_mask(u, std::move(*chosen[u]));
+    set_factors(config_.forward, step, states_[u].soft);
+  }
+}
+
 Sparsifier::Unit& Sparsifier::find(const UnitKey& key) {
   return const_cast<Unit&>(std::as_const(*this).find(key));
 }
@@ -431,6 +499,13 @@ const Sparsifier::Unit& Sparsifier::find(const UnitKey& key) const {
 
 const PackedMask& Sparsifier::mask(const UnitKey& key) const { return find(key).mask; }
 const AtomLayout& Sparsifier::layout(const UnitKey& key) const { return find(key).layout; }
+
+at::Tensor Sparsifier::effective(const UnitKey& key) const {
+  const Unit& state = find(key);
+  const SparseUnit& unit = units_[static_cast<size_t>(&state - states_.data())];
+  const at::Tensor weight = slot_of(unit.parameter, unit.slot);
+  return config_.forward.is_soft() ? effective_weight(weight, state.soft) : weight;
+}
 
 UnitStats Sparsifier::stats(const UnitKey& key) const {
   const Unit& unit = find(key);
@@ -461,12 +536,17 @@ void Sparsifier::reset_weights(double gain) {
     const bool is_double = weight.scalar_type() == at::kDouble;
     const at::Tensor numbers = normal_numbers(
         states_[u].layout, is_double, draw_key(config_.seed, 0, units_[u].key, UnitDraw::kWeights));
-    const at::Tensor is_active = position_mask(states_[u].layout, states_[u].mask);
+    // Under a soft method all weights are drawn, then the masks are chosen among them.
+    const at::Tensor is_active =
+        position_mask(states_[u].layout, config_.forward.is_soft()
+                                             ? PackedMask::full(weight.size(0), weight.size(1))
+                                             : states_[u].mask);
     const at::Tensor fan_in = is_active.sum(1, /*keepdim=*/true).to(numbers.scalar_type());
     // A row without active entries divides by 0, and the mask takes the result away.
     const at::Tensor scaled = numbers.mul_(gain).div_(fan_in.sqrt_());
     weight.copy_(scaled.masked_fill_(is_active.logical_not(), 0));
   }
+  if (config_.forward.is_soft()) choose_first_masks();
 }
 
 uint64_t Sparsifier::config_hash() const {
@@ -483,11 +563,13 @@ uint64_t Sparsifier::config_hash() const {
 SparsifierState Sparsifier::state_dict() const {
   SparsifierState result;
   result.config_hash = config_hash();
+  result.step = last_step_;
   for (size_t u = 0; u < units_.size(); ++u) {
     const Unit& unit = states_[u];
     result.units.push_back({units_[u].key, unit.mask, unit.ever_active, unit.num_rows,
                             unit.num_updates, unit.num_skipped,
-                            unit.grad_sum.defined() ? unit.grad_sum.clone() : at::Tensor()});
+                            unit.grad_sum.defined() ? unit.grad_sum.clone() : at::Tensor(),
+                            unit.soft.backward, unit.soft.chosen_step});
   }
   return result;
 }
@@ -499,6 +581,7 @@ void Sparsifier::load(const SparsifierState& state) {
           "differs from " + to_text(config_hash()) +
               " of this configuration; resume with the one it was saved with");
   std::vector<const UnitState*> found(units_.size(), nullptr);
+  std::vector<SoftMask> soft(units_.size());
   for (size_t u = 0; u < units_.size(); ++u) {
     for (const UnitState& saved : state.units) {
       if (saved.key == units_[u].key) found[u] = &saved;
@@ -514,6 +597,12 @@ void Sparsifier::load(const SparsifierState& state) {
              "is not of " + to_text(mine.layout.rows) + "x" + to_text(mine.layout.cols) + " atoms");
       }
     }
+    if (config_.forward.is_soft()) {
+      soft[u] =
+          restore_soft_mask(config_.forward, mine.layout, mine.nnz, found[u]->mask,
+                            found[u]->backward, found[u]->chosen_step, units_[u].weight(), name);
+      continue;
+    }
     std::vector<int64_t> saved_counts(static_cast<size_t>(mine.layout.cells.num_cells));
     std::vector<int64_t> counts = saved_counts;
     kernels::count_atoms(mine.layout.cells, found[u]->mask.data(), saved_counts.data());
@@ -527,13 +616,19 @@ void Sparsifier::load(const SparsifierState& state) {
   for (size_t u = 0; u < units_.size(); ++u) {
     Unit& mine = states_[u];
     mine.ever_active = found[u]->ever_active;
-    set_mask(u, found[u]->mask);
+    if (config_.forward.is_soft()) {
+      set_soft_mask(u, std::move(soft[u]));
+      set_factors(config_.forward, std::max<int64_t>(state.step, 0), mine.soft);
+    } else {
+      set_mask(u, found[u]->mask);
+    }
     mine.num_rows = found[u]->num_rows;
     mine.num_updates = found[u]->num_updates;
     mine.num_skipped = found[u]->num_skipped;
     mine.grad_sum = found[u]->grad_sum.defined() ? found[u]->grad_sum.clone() : at::Tensor();
   }
   is_started_ = false;
+  last_step_ = state.step;
 }
 
 }  // namespace perseid

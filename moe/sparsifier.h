@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "moe/soft_mask.h"
 #include "moe/sparse_budget.h"
 #include "moe/sparse_mask.h"
 #include "moe/sparse_schedule.h"
@@ -30,6 +31,8 @@ struct UnitLink {
   /// To be called by the backward, once per pass, with x [N, in] and the gradient of the product
   /// delta [N, out] of each row that counts. Empty: nobody wants them.
   std::function<void(const at::Tensor& x, const at::Tensor& delta)> accumulate;
+  /// Soft methods: what to compute with, made from the parameter, differentiable. Empty: itself.
+  std::function<at::Tensor(const at::Tensor& weight)> effective;
 };
 
 /// One weight whose entries are switched: a parameter [out, in], or one expert of [L, out, in].
@@ -80,6 +83,8 @@ struct SparsifierConfig {
   Structure structure;
   UpdateRule rule;
   Schedule schedule;
+  /// Soft methods choose masks by themselves: `rule` is not used, and `schedule` must not update.
+  Forward forward;
   StatePolicy state;
   UpdateOrder order = UpdateOrder::kBeforeStep;
   /// kGrad: an update looks at the sum of the gradients of this many steps, its own the last; one
@@ -136,12 +141,15 @@ struct UnitState {
   int64_t num_rows = 0;  ///< since the last update
   int64_t num_updates = 0;
   int64_t num_skipped = 0;
-  at::Tensor grad_sum;  ///< [out, in], inside a window of grad_accum steps; else undefined
+  at::Tensor grad_sum;       ///< [out, in], inside a window of grad_accum steps; else undefined
+  PackedMask backward;       ///< kTopKast: weights that the gradient reaches
+  int64_t chosen_step = -1;  ///< soft methods: when `mask` was chosen
 };
 struct SparsifierState {
   static constexpr int64_t kVersion = 1;
   int64_t version = kVersion;
   uint64_t config_hash = 0;
+  int64_t step = -1;  ///< the last that was begun; -1: none
   std::vector<UnitState> units;
 };
 
@@ -160,6 +168,11 @@ struct SparsifierState {
 ///     sparsifier.end_step(step);
 ///
 /// Evaluate and save before the update of a step, not after it: grown weights are untrained.
+///
+/// Under a soft method (config.forward) parameters and gradients are dense, and layers compute with
+/// effective(): SparseLinear does so by itself. begin_step chooses the masks from the weights, and
+/// mask, nnz and stats are those of the last step. An optimizer's own weight decay reaches all
+/// weights.
 class Sparsifier {
  public:
   /// Draws the first masks and sets inactive weights to 0. Throws ConfigError for a unit that is
@@ -181,8 +194,9 @@ class Sparsifier {
   /// For units without a link that count rows: `num_rows` rows went through it in this pass.
   void count_rows(const UnitKey& key, int64_t num_rows);
   /// After backward: updates what is due unless the order is kAfterStep, then sets gradients of
-  /// inactive weights to 0. An undefined gradient counts as 0. Throws Diverged that names unit and
-  /// step for a NaN or an infinity among the scores; no mask or weight has changed then.
+  /// inactive weights to 0, or adds the soft method's own term. An undefined gradient counts as 0.
+  /// Throws Diverged that names unit and step for a NaN or an infinity among the scores; no mask or
+  /// weight has changed then.
   UpdateReport end_backward(int64_t step);
   /// After the optimizer step: updates what is due if the order is kAfterStep.
   UpdateReport end_step(int64_t step);
@@ -190,6 +204,8 @@ class Sparsifier {
   const std::vector<SparseUnit>& units() const { return units_; }  ///< ordered by key
   const SparsifierConfig& config() const { return config_; }
   const PackedMask& mask(const UnitKey& key) const;  ///< of atoms
+  /// What a layer computes with, differentiable by the parameter: hard masks the weight itself.
+  at::Tensor effective(const UnitKey& key) const;  ///< [out, in]
   const AtomLayout& layout(const UnitKey& key) const;
   UnitStats stats(const UnitKey& key) const;
   int64_t nnz() const;  ///< active weights of all units
@@ -216,6 +232,9 @@ class Sparsifier {
   Proposal propose(size_t u, int64_t step);
   void apply(size_t u, int64_t step, const MaskUpdate& change);
   void set_mask(size_t u, PackedMask mask);
+  void set_soft_mask(size_t u, SoftMask mask);
+  void choose_masks(int64_t step);
+  void choose_first_masks();
   void require_step(const char* call, int64_t step) const;
   uint64_t config_hash() const;
 
@@ -226,6 +245,7 @@ class Sparsifier {
   int64_t budget_rest_ = 0;
   StepPlan current_;
   bool is_started_ = false;
+  int64_t last_step_ = -1;  ///< that was begun
 };
 
 }  // namespace perseid
