@@ -1,7 +1,8 @@
 // select_k: radix select on ordered integer keys, 11 bits a pass, highest first: 3 passes over
 // float32, 6 over float64, fewer if a pass ends between two values; then one pass that marks. Reads
 // the values in each pass, writes count bytes. Integer counts of fixed blocks: deterministic for
-// any thread count.
+// any thread count. select_k_rows: short rows by nth_element on their keys, one thread a row; reads
+// the values twice.
 #include "kernels/select.h"
 
 #include <algorithm>
@@ -24,6 +25,10 @@ namespace {
 constexpr int64_t kValuesPerBlock = int64_t{1} << 16;
 constexpr int kDigitBits = 11;
 constexpr int64_t kDigits = int64_t{1} << kDigitBits;
+/// Rows of more values are dealt to threads in blocks.
+constexpr int64_t kShortRow = int64_t{1} << 15;
+/// Fewer values take less time than waking a thread.
+constexpr int64_t kValuesPerThread = int64_t{1} << 12;
 
 void check(const void* values, int64_t count, int64_t k, const uint8_t* is_kept) {
   constexpr const char* kOperation = "select_k";
@@ -132,6 +137,35 @@ void select_values(const T* values, int64_t count, int64_t k, uint8_t* is_kept) 
   });
 }
 
+/// 1 <= k < count.
+template <typename T>
+void select_short_row(const T* values, int64_t count, int64_t k, uint8_t* is_kept,
+                      std::vector<UnsignedKey<T>>& keys) {
+  using Key = UnsignedKey<T>;
+  keys.resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) keys[static_cast<size_t>(i)] = unsigned_key(values[i]);
+  std::nth_element(keys.begin(), keys.begin() + (k - 1), keys.end(), std::greater<Key>());
+  const Key limit = keys[static_cast<size_t>(k - 1)];
+  // nth_element has put the larger ones, and some at the limit, before it.
+  int64_t num_at_limit = 1 + std::count(keys.begin(), keys.begin() + (k - 1), limit);
+  for (int64_t i = 0; i < count; ++i) {
+    const Key key = unsigned_key(values[i]);
+    const bool is_taken_at_limit = key == limit && num_at_limit > 0;
+    num_at_limit -= is_taken_at_limit ? 1 : 0;
+    is_kept[i] = static_cast<uint8_t>(key > limit || is_taken_at_limit);
+  }
+}
+
+void check_rows(const void* values, int64_t num_rows, int64_t num_cols, int64_t k,
+                const uint8_t* is_kept) {
+  constexpr const char* kOperation = "select_k_rows";
+  require_count(kOperation, "num_rows", num_rows);
+  require_count(kOperation, "num_cols", num_cols);
+  require_count(kOperation, "k", k);
+  require_buffer(kOperation, "values", values, num_rows * num_cols);
+  require_buffer(kOperation, "is_kept", is_kept, num_rows * num_cols);
+}
+
 }  // namespace
 
 void select_k(const void* values, int64_t count, int64_t k, DType dtype, uint8_t* is_kept,
@@ -166,6 +200,41 @@ void select_k_reference(const void* values, int64_t count, int64_t k, DType dtyp
     std::fill(is_kept, is_kept + count, uint8_t{0});
     for (int64_t i = 0; i < std::min(k, count); ++i) is_kept[by_value[i]] = 1;
   });
+}
+
+void select_k_rows(const void* values, int64_t num_rows, int64_t num_cols, int64_t k, DType dtype,
+                   uint8_t* is_kept, Stream stream) {
+  check_rows(values, num_rows, num_cols, k, is_kept);
+  require_device(stream, "select_k_rows", "give it CPU memory");
+  dispatch_float_dtype(dtype, "select_k_rows", [&](auto tag) {
+    using T = decltype(tag);
+    const T* const first = static_cast<const T*>(values);
+    if (k == 0 || k >= num_cols) {
+      std::fill_n(is_kept, num_rows * num_cols, static_cast<uint8_t>(k > 0));
+    } else if (num_cols > kShortRow) {
+      for (int64_t r = 0; r < num_rows; ++r) {
+        select_values(first + r * num_cols, num_cols, k, is_kept + r * num_cols);
+      }
+    } else {
+      const int64_t grain = ceil_div(kValuesPerThread, num_cols);
+      parallel_for(0, num_rows, grain, [&](int64_t begin, int64_t end) {
+        std::vector<UnsignedKey<T>> keys;
+        for (int64_t r = begin; r < end; ++r) {
+          select_short_row(first + r * num_cols, num_cols, k, is_kept + r * num_cols, keys);
+        }
+      });
+    }
+  });
+}
+
+void select_k_rows_reference(const void* values, int64_t num_rows, int64_t num_cols, int64_t k,
+                             DType dtype, uint8_t* is_kept) {
+  check_rows(values, num_rows, num_cols, k, is_kept);
+  const int64_t row_bytes = num_cols * dtype_bytes(dtype);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    select_k_reference(static_cast<const uint8_t*>(values) + r * row_bytes, num_cols, k, dtype,
+                       is_kept + r * num_cols);
+  }
 }
 
 }  // namespace perseid::kernels

@@ -16,4 +16,13 @@ void select_k(const void* values, int64_t count, int64_t k, DType dtype, uint8_t
 void select_k_reference(const void* values, int64_t count, int64_t k, DType dtype,
                         uint8_t* is_kept);
 
+/// select_k of each row: min(k, num_cols) of every one.
+/// @param values   [num_rows, num_cols] float32 or float64
+/// @param is_kept  [num_rows, num_cols] written whole
+/// Linear. The same set for any thread count. For the host: on kCuda it throws ConfigError.
+void select_k_rows(const void* values, int64_t num_rows, int64_t num_cols, int64_t k, DType dtype,
+                   uint8_t* is_kept, Stream stream = {});
+void select_k_rows_reference(const void* values, int64_t num_rows, int64_t num_cols, int64_t k,
+                             DType dtype, uint8_t* is_kept);
+
 }  // namespace perseid::kernels

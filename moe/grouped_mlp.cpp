@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
+#include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
@@ -73,6 +74,12 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
     ctx->save_for_backward({rows, weights, up, up_bias, down, down_bias, output.pre});
     ctx->saved_data["activation"] = static_cast<int64_t>(kind.activation);
     ctx->saved_data["gated"] = kind.gated;
+    if (kind.sparsity.kind != ActivationSparsityKind::kNone) {
+      ctx->saved_data["sparsity"] =
+          std::vector<int64_t>{static_cast<int64_t>(kind.sparsity.kind), kind.sparsity.k,
+                               static_cast<int64_t>(kind.sparsity.unbiased),
+                               static_cast<int64_t>(kind.sparsity.detach_threshold)};
+    }
     keep(ctx, plan, row_counts);
     return output.out;
   }
@@ -80,8 +87,13 @@ struct MlpFunction : torch::autograd::Function<MlpFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     at::AutoDispatchBelowADInplaceOrView below;
     const variable_list saved = ctx->get_saved_variables();
-    const MlpKind kind{static_cast<kernels::Activation>(ctx->saved_data["activation"].toInt()),
-                       ctx->saved_data["gated"].toBool()};
+    MlpKind kind{static_cast<kernels::Activation>(ctx->saved_data["activation"].toInt()),
+                 ctx->saved_data["gated"].toBool()};
+    if (const auto found = ctx->saved_data.find("sparsity"); found != ctx->saved_data.end()) {
+      const std::vector<int64_t> fields = found->second.toIntVector();
+      kind.sparsity = {static_cast<ActivationSparsityKind>(fields[0]), fields[1], fields[2] != 0,
+                       fields[3] != 0};
+    }
     MlpWanted wanted;
     wanted.rows = ctx->needs_input_grad(kRows);
     wanted.weights = ctx->needs_input_grad(kWeights);
@@ -234,6 +246,7 @@ void check_options(const GroupedMLPOptions& options) {
           options.d_ff(), "exceeds 2147483647");
   require(options.init_bound() >= 0 && std::isfinite(options.init_bound()), "grouped_mlp",
           "init_bound", options.init_bound(), "is not a finite number >= 0");
+  validate(options.activation_sparsity(), options.d_ff(), "grouped_mlp");
 }
 
 }  // namespace
@@ -268,6 +281,31 @@ at::Tensor GroupedMLP::forward(const at::Tensor& rows, const at::Tensor& weights
                                const PlanPtr& plan) {
   require_inputs(rows, weights, plan);
   require_type(rows, up_proj, "grouped_mlp");
+  require_parameters();
+  const Autocast autocast(rows);
+  return autocast.back(MlpFunction::apply(
+      autocast.cast(rows), weights, autocast.cast(up_proj), or_missing(autocast.cast(up_bias)),
+      autocast.cast(down_proj), or_missing(autocast.cast(down_bias)),
+      MlpKind{options_.activation(), options_.gated(), options_.activation_sparsity()}, plan,
+      row_counts()));
+}
+
+at::Tensor GroupedMLP::active_hidden(const at::Tensor& rows, const PlanPtr& plan) {
+  require(plan != nullptr, "active_hidden", "plan", "null", "is none; make_routing_plan makes it");
+  require(rows.defined(), "active_hidden", "rows", "undefined", "is no tensor");
+  require_inputs(
+      rows, at::empty({plan->local.num_assignments, 1}, rows.options().dtype(weight_type(rows))),
+      plan);
+  require_type(rows, up_proj, "grouped_mlp");
+  require_parameters();
+  const c10::NoGradGuard no_grad;
+  return mlp_active_hidden(
+      rows.contiguous(), {up_proj, up_bias, down_proj, down_bias},
+      MlpKind{options_.activation(), options_.gated(), options_.activation_sparsity()},
+      plan->local);
+}
+
+void GroupedMLP::require_parameters() const {
   const int64_t L = num_local_experts(), F = options_.d_ff();
   const int64_t up_rows = options_.gated() ? 2 * F : F;
   gates::require_shape(up_proj, {L, up_rows, d_in()}, "grouped_mlp", "up_proj");
@@ -276,11 +314,6 @@ at::Tensor GroupedMLP::forward(const at::Tensor& rows, const at::Tensor& weights
     gates::require_shape(up_bias, {L, up_rows}, "grouped_mlp", "up_bias");
     gates::require_shape(down_bias, {L, d_out()}, "grouped_mlp", "down_bias");
   }
-  const Autocast autocast(rows);
-  return autocast.back(MlpFunction::apply(
-      autocast.cast(rows), weights, autocast.cast(up_proj), or_missing(autocast.cast(up_bias)),
-      autocast.cast(down_proj), or_missing(autocast.cast(down_bias)),
-      MlpKind{options_.activation(), options_.gated()}, plan, row_counts()));
 }
 
 std::vector<SparseUnit> GroupedMLP::matrices() const {

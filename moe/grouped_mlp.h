@@ -2,6 +2,7 @@
 #include <torch/arg.h>
 
 #include "kernels/activation.h"
+#include "moe/activation_sparsity.h"
 #include "moe/experts.h"
 
 namespace perseid {
@@ -14,6 +15,7 @@ struct GroupedMLPOptions {
   TORCH_ARG(kernels::Activation, activation) = kernels::Activation::kSilu;
   TORCH_ARG(bool, gated) = true;  ///< SwiGLU, GEGLU; false: plain, f(x W1) W2
   TORCH_ARG(bool, bias) = false;
+  TORCH_ARG(ActivationSparsity, activation_sparsity) = {};  ///< others than none: CPU only
   TORCH_ARG(double, init_bound) = 0;  ///< weights uniform in +-init_bound; 0: 1/sqrt(fan in)
   TORCH_ARG(uint64_t, seed) = 0;
   TORCH_ARG(int64_t, layer_id) = 0;
@@ -31,6 +33,11 @@ class GroupedMLP : public Experts {
   GroupedMLP(const GroupedMLPOptions& options, const ExpertPlacement& placement, int ep_rank);
   at::Tensor forward(const at::Tensor& rows, const at::Tensor& weights,
                      const std::shared_ptr<const RoutingPlan>& plan) override;
+  /// Hidden values that are not 0, of the num_rows * F of each expert: how lazy neurons are, with
+  /// or without activation_sparsity. Runs the first half of the experts once; on the CPU.
+  /// @param rows  as for forward
+  /// @return [L] int64
+  at::Tensor active_hidden(const at::Tensor& rows, const std::shared_ptr<const RoutingPlan>& plan);
   const GroupedMLPOptions& options() const { return options_; }
 
   at::Tensor up_proj;    ///< [L, 2F or F, D]
@@ -43,6 +50,7 @@ class GroupedMLP : public Experts {
   std::vector<SparseUnit> matrices() const override;
 
  private:
+  void require_parameters() const;
   GroupedMLPOptions options_;
 };
 

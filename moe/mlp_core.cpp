@@ -4,20 +4,34 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
 
 #include "gates/device.h"
+#include "kernels/error.h"
 #include "moe/device_experts.h"
 #include "moe/grouped_rows.h"
 #include "moe/products.h"
 #include "moe/segments.h"
+#include "moe/sparse_pre.h"
 #include "moe/tensor_types.h"
 #include "moe/trace.h"
 
 namespace perseid {
 
+namespace {
+
+void require_on_cpu(MlpKind kind, const at::Tensor& rows) {
+  require(kind.sparsity.kind == ActivationSparsityKind::kNone || !gates::is_on_device(rows),
+          "grouped_mlp", "activation_sparsity", name_of(kind.sparsity.kind),
+          "is for the CPU only, but rows are on " + to_text(rows.device()) + "; choose none");
+}
+
+}  // namespace
+
 MlpOutput mlp_forward(const at::Tensor& rows, const at::Tensor& weights,
                       const MlpParameters& parameters, MlpKind kind, const LocalPlan& plan) {
   const Trace trace("perseid::experts");
+  require_on_cpu(kind, rows);
   if (gates::is_on_device(rows)) return device_mlp_forward(rows, weights, parameters, kind, plan);
   const at::Tensor &up = parameters.up, &down = parameters.down;
   const kernels::DType dtype = dtype_of(rows, "grouped_mlp");
@@ -33,9 +47,10 @@ MlpOutput mlp_forward(const at::Tensor& rows, const at::Tensor& weights,
     const SegmentRows x(rows, row_of, segment, scratch, 0);
     const at::Tensor pre_rows = pre.narrow(0, segment.begin, n);
     multiply(pre_rows, x, up.select(0, e).t(), expert_part(parameters.up_bias, e), scratch);
+    const SparsePre used(pre_rows, d_ff, kind.sparsity);
     const at::Tensor scale = weight_inside ? sorted.narrow(0, segment.begin, n) : at::Tensor();
     at::Tensor act = scratch.rows(1, n, d_ff, rows.options());
-    kernels::activation_forward({n, d_ff, kind.activation, kind.gated}, dtype, data_of(pre_rows),
+    kernels::activation_forward({n, d_ff, kind.activation, kind.gated}, dtype, data_of(used.rows()),
                                 data_of(scale), mutable_data_of(act));
     const at::Tensor y = out.narrow(0, segment.begin, n);
     multiply(y, SegmentRows(act), down.select(0, e).t(),
@@ -112,9 +127,12 @@ MlpGradients mlp_backward(const at::Tensor& grad_out, const at::Tensor& rows,
     at::Tensor grad_pre = scratch.rows(2, n, up.size(1), rows.options());
     at::Tensor grad_scale =
         grad_sorted.defined() ? grad_sorted.narrow(0, segment.begin, n) : at::Tensor();
-    kernels::activation_backward({n, d_ff, kind.activation, kind.gated}, dtype, data_of(pre_rows),
-                                 data_of(scale), data_of(grad_act), mutable_data_of(grad_pre),
-                                 mutable_data_of(grad_act), mutable_data_of(grad_scale));
+    const SparsePre used(pre_rows, d_ff, kind.sparsity);
+    kernels::activation_backward({n, d_ff, kind.activation, kind.gated}, dtype,
+                                 data_of(used.rows()), data_of(scale), data_of(grad_act),
+                                 mutable_data_of(grad_pre), mutable_data_of(grad_act),
+                                 mutable_data_of(grad_scale));
+    used.backward(grad_pre);
     const at::Tensor& act = grad_act;  // now weights * act(pre)
     if (stacked.down.wanted()) {
       multiply_transposed(stacked.down.part(segment), g, SegmentRows(act), scratch);
@@ -149,6 +167,34 @@ MlpGradients mlp_backward(const at::Tensor& grad_out, const at::Tensor& rows,
           stacked.up_bias.finish(),
           stacked.down.finish(),
           stacked.down_bias.finish()};
+}
+
+at::Tensor mlp_active_hidden(const at::Tensor& rows, const MlpParameters& parameters, MlpKind kind,
+                             const LocalPlan& plan) {
+  require(!gates::is_on_device(rows), "active_hidden", "rows", to_text(rows.device()),
+          "is not on the CPU; copy rows and experts there");
+  const at::Tensor &up = parameters.up, &down = parameters.down;
+  const kernels::DType dtype = dtype_of(rows, "grouped_mlp");
+  const int64_t d_ff = down.size(2);
+  const at::Tensor row_of = plan.row_of_sorted();
+  const std::vector<Segment> segments = make_segments(plan);
+  const at::Tensor of_place = at::empty({plan.num_assignments}, at::kLong);
+  for_each_segment(segments, [&](const Segment& segment, Scratch& scratch) {
+    const int64_t n = segment.num_rows(), e = segment.expert;
+    const at::Tensor pre = scratch.rows(1, n, up.size(1), rows.options());
+    multiply(pre, SegmentRows(rows, row_of, segment, scratch, 0), up.select(0, e).t(),
+             expert_part(parameters.up_bias, e), scratch);
+    const SparsePre used(pre, d_ff, kind.sparsity);
+    const at::Tensor act = scratch.rows(2, n, d_ff, rows.options());
+    kernels::activation_forward({n, d_ff, kind.activation, kind.gated}, dtype, data_of(used.rows()),
+                                nullptr, mutable_data_of(act));
+    of_place.narrow(0, segment.begin, n).copy_(act.ne(0).sum(1));
+  });
+  at::Tensor active = at::zeros({up.size(0)}, at::kLong);
+  for (const Segment& segment : segments) {
+    active[segment.expert] += of_place.narrow(0, segment.begin, segment.num_rows()).sum();
+  }
+  return active;
 }
 
 }  // namespace perseid

@@ -2,6 +2,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "kernels/activation.h"
+#include "moe/activation_sparsity.h"
 #include "moe/routing_plan.h"
 
 // Internal: two-layer experts, forward and backward without a graph. All tensors contiguous.
@@ -11,6 +12,7 @@ namespace perseid {
 struct MlpKind {
   kernels::Activation activation = kernels::Activation::kSilu;
   bool gated = true;
+  ActivationSparsity sparsity = {};  ///< on the CPU only
 };
 
 struct MlpParameters {
@@ -46,5 +48,9 @@ MlpGradients mlp_backward(const at::Tensor& grad_out, const at::Tensor& rows,
                           const at::Tensor& weights, const MlpParameters& parameters,
                           const at::Tensor& pre, MlpKind kind, const LocalPlan& plan,
                           const MlpWanted& wanted);
+
+/// Hidden values of each expert that are not 0: [L] int64. On the CPU.
+at::Tensor mlp_active_hidden(const at::Tensor& rows, const MlpParameters& parameters, MlpKind kind,
+                             const LocalPlan& plan);
 
 }  // namespace perseid

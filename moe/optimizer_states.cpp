@@ -35,6 +35,16 @@ bool holds(const torch::optim::Optimizer& optimizer, const at::Tensor& parameter
   return false;
 }
 
+double learning_rate_of(const torch::optim::Optimizer& optimizer, const at::Tensor& parameter) {
+  for (const auto& group : optimizer.param_groups()) {
+    for (const at::Tensor& held : group.params()) {
+      if (held.is_same(parameter)) return group.options().get_lr();
+    }
+  }
+  PERSEID_INVARIANT(!"held");
+  return 0;
+}
+
 OptimizerStates states_of(torch::optim::Optimizer& optimizer, const at::Tensor& parameter) {
   OptimizerStates result;
   const auto found = optimizer.state().find(parameter.unsafeGetTensorImpl());

@@ -21,6 +21,9 @@ void require_known(const torch::optim::Optimizer& optimizer);
 
 bool holds(const torch::optim::Optimizer& optimizer, const at::Tensor& parameter);
 
+/// Of the group that holds it; it must be held.
+double learning_rate_of(const torch::optim::Optimizer& optimizer, const at::Tensor& parameter);
+
 /// The tensors themselves; none before the parameter's first step.
 OptimizerStates states_of(torch::optim::Optimizer& optimizer, const at::Tensor& parameter);
 

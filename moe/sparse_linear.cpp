@@ -118,7 +118,8 @@ at::Tensor SparseLinearImpl::forward(const at::Tensor& x) {
   require(x.dim() >= 1 && x.size(-1) == options_.in_features(), kSparseLinear, "x",
           to_text(x.sizes()), "does not end with in_features=" + to_text(options_.in_features()));
   const at::Tensor rows = x.reshape({-1, options_.in_features()});
-  at::Tensor product = SparseProduct::apply(rows, weight, link_);
+  at::Tensor product =
+      SparseProduct::apply(rows, link_->effective ? link_->effective(weight) : weight, link_);
   if (bias.defined()) product = product + bias;
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = options_.out_features();

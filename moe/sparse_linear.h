@@ -25,7 +25,9 @@ struct SparseLinearOptions {
 /// Inactive weights are stored as 0 and get gradient 0; while an update of the masks is near, the
 /// backward also gives the Sparsifier what it needs for the gradient of all of them. On the CPU, in
 /// float32 and float64, a weight of density 0.1 or less costs what its active entries cost; else
-/// the products are dense. Without a Sparsifier it is torch::nn::Linear. Not differentiable twice.
+/// the products are dense. Under a soft method the layer computes with the effective weight, and
+/// all weights get a gradient. Without a Sparsifier it is torch::nn::Linear. Not differentiable
+/// twice.
 class SparseLinearImpl : public torch::nn::Module {
  public:
   SparseLinearImpl(int64_t in_features, int64_t out_features)

@@ -1,8 +1,33 @@
 #include "moe/sparse_presets.h"
 
+#include <utility>
+
 #include "kernels/error.h"
 
 namespace perseid::presets {
+namespace {
+
+SparsifierConfig n_of_m(int64_t n, int64_t m) {
+  require(m >= 1 && n >= 1 && n <= m, "presets", "n:m", to_text(n) + ":" + to_text(m),
+          "is not 1 <= N <= M");
+  SparsifierConfig config;
+  config.structure = Structure::n_of_m(n, m);
+  config.budget.density = Density::ratio(n, m);
+  config.schedule.end = 0;
+  return config;
+}
+
+SparsifierConfig frames(int64_t n, int64_t m, std::vector<NmFrame> list, int64_t total_steps,
+                        int64_t dense_steps) {
+  SparsifierConfig config = n_of_m(n, m);
+  config.forward.method = ForwardMethod::kStructureDecay;
+  config.forward.frames = std::move(list);
+  config.forward.total_steps = total_steps;
+  config.forward.dense_steps = dense_steps;
+  return config;
+}
+
+}  // namespace
 
 SparsifierConfig static_mask(const Density& density) {
   SparsifierConfig config;
@@ -36,6 +61,50 @@ SparsifierConfig rigl(const Density& density, int64_t total_steps, int64_t every
   config.schedule.total_steps = total_steps;
   config.schedule.every = every;
   config.order = UpdateOrder::kInsteadOfStep;
+  return config;
+}
+
+SparsifierConfig nm_dst(int64_t n, int64_t m, int64_t total_steps, int64_t every) {
+  const SparsifierConfig cells = n_of_m(n, m);  // checks n and m first
+  SparsifierConfig config = rigl(cells.budget.density, total_steps, every);
+  config.structure = cells.structure;
+  return config;
+}
+
+SparsifierConfig srste(int64_t n, int64_t m, double lambda) {
+  SparsifierConfig config = n_of_m(n, m);
+  config.forward.method = ForwardMethod::kSrSte;
+  config.forward.lambda = lambda;
+  return config;
+}
+
+SparsifierConfig mdgf_lin(int64_t n, int64_t m, double rate) {
+  SparsifierConfig config = mdgf_exp(n, m, rate);
+  config.forward.decay = MaskDecay::kLinear;
+  return config;
+}
+SparsifierConfig mdgf_exp(int64_t n, int64_t m, double rate) {
+  SparsifierConfig config = n_of_m(n, m);
+  config.forward.method = ForwardMethod::kMaskDecay;
+  config.forward.decay_rate = rate;
+  return config;
+}
+
+SparsifierConfig sdgf_step(int64_t n, int64_t m, int64_t total_steps, int64_t dense_steps) {
+  return frames(n, m, stepwise_frames(n, m), total_steps, dense_steps);
+}
+SparsifierConfig sdgf_geo(int64_t n, int64_t m, int64_t total_steps, int64_t dense_steps) {
+  return frames(n, m, geometric_frames(n, m), total_steps, dense_steps);
+}
+
+SparsifierConfig topkast(const Density& density, const Density& backward_extra, int64_t every) {
+  SparsifierConfig config;
+  config.budget.distribution = Distribution::kUniform;
+  config.budget.density = density;
+  config.schedule.end = 0;
+  config.forward.method = ForwardMethod::kTopKast;
+  config.forward.backward_extra = backward_extra;
+  config.forward.every = every;
   return config;
 }
 

@@ -22,4 +22,27 @@ SparsifierConfig set(double epsilon, int64_t steps_per_epoch, int64_t num_epochs
 /// Batches below about 400 samples want grad_accum above 1, and every * batch above 10^4.
 SparsifierConfig rigl(const Density& density, int64_t total_steps, int64_t every = 100);
 
+// N of M neighbours along `in`. All but the first keep dense parameters while they train.
+
+/// RigL where each group of M keeps N.
+SparsifierConfig nm_dst(int64_t n, int64_t m, int64_t total_steps, int64_t every = 100);
+
+/// SR-STE (Zhou et al. 2021): the N largest count, all get the gradient, the others decay.
+SparsifierConfig srste(int64_t n, int64_t m, double lambda = 2e-4);
+
+/// MdGf (Bambhaniya et al. 2024): the others count less and less, by max(0, 1 - rate t) or
+/// exp(-rate t).
+SparsifierConfig mdgf_lin(int64_t n, int64_t m, double rate);
+SparsifierConfig mdgf_exp(int64_t n, int64_t m, double rate = 1e-4);
+
+/// SdGf (of the same): after dense_steps, equal frames of N:M from nearly dense to N:M. M/N is a
+/// power of 2.
+SparsifierConfig sdgf_step(int64_t n, int64_t m, int64_t total_steps, int64_t dense_steps = 0);
+/// 8N:8M, 4N:4M, 2N:2M, N:M: one density, groups that grow smaller.
+SparsifierConfig sdgf_geo(int64_t n, int64_t m, int64_t total_steps, int64_t dense_steps = 0);
+
+/// Top-KAST (Jayakumar et al. 2020): the largest weights of each unit count, the gradient reaches
+/// `backward_extra` more of them; dense parameters, chosen again every so many steps.
+SparsifierConfig topkast(const Density& density, const Density& backward_extra, int64_t every);
+
 }  // namespace perseid::presets

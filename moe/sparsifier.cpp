@@ -73,6 +73,11 @@ double SparsityTotals::itop_rate() const {
 void Sparsifier::check_arguments() const {
   const Schedule& schedule = config_.schedule;
   validate(schedule);
+  validate(config_.forward, config_.structure);
+  require(!config_.forward.is_soft() || schedule.end_step() <= schedule.begin, kSparsifier, "end",
+          schedule.end_step(),
+          "is above begin=" + to_text(schedule.begin) +
+              ", but a soft forward has no updates of masks; set end to begin");
   require(config_.grad_accum >= 1 && config_.grad_accum <= schedule.every, kSparsifier,
           "grad_accum", config_.grad_accum,
           "is outside [1, every=" + to_text(schedule.every) + "]");
@@ -142,6 +147,9 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
     budget_unit.granule = layout.granule();
     budget_unit.floor = layout.smallest_budget();
     if (layout.group_keep > 0) budget_unit.ceiling = budget_unit.floor;
+    for (const NmFrame& frame : config_.forward.frames) {
+      make_layout(Structure::n_of_m(frame.n, frame.m), known.out, known.in, known.name);
+    }
     budget_units.push_back(budget_unit);
     keys.push_back(known.key);
     layouts.push_back(layout);
@@ -158,16 +166,25 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
     known.offset = offsets[static_cast<size_t>(place - all.begin())];
   }
   mean_rows_ = config_.schedule.mean_rows;
-  // Nothing is refused from here on: links point to this.
   size_t place = 0;
-  for (size_t u = 0; u < units_.size(); ++u) {
-    const SparseUnit& unit = units_[u];
+  std::vector<Unit> states;
+  for (const SparseUnit& unit : units_) {
     while (known_[place].key != unit.key) ++place;
     Unit state;
     state.layout = layouts[place];
     state.place = place;
-    states_.push_back(std::move(state));
-    set_mask(u, random_mask(layouts[place], allocation.nnz[place],
+    state.nnz = allocation.nnz[place];
+    states.push_back(std::move(state));
+  }
+  states_ = std::move(states);
+  if (config_.forward.is_soft()) {
+    start_soft();
+    return;
+  }
+  // Nothing is refused from here on: links point to this.
+  for (size_t u = 0; u < units_.size(); ++u) {
+    const SparseUnit& unit = units_[u];
+    set_mask(u, random_mask(states_[u].layout, states_[u].nnz,
                             draw_key(config_.seed, 0, unit.key, UnitDraw::kFirstMask)));
     if (unit.link != nullptr) {
       unit.link->accumulate = [this, u](const at::Tensor& x, const at::Tensor& delta) {
@@ -192,9 +209,7 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
 }
 
 Sparsifier::~Sparsifier() {
-  // Fewer states: the constructor has thrown before it took them.
-  for (size_t u = 0; u < states_.size(); ++u) {
-    const SparseUnit& unit = units_[u];
+  for (const SparseUnit& unit : units_) {
     if (unit.link != nullptr) {
       *unit.link = {};
     } else if (unit.row_counts != nullptr) {
@@ -268,6 +283,7 @@ StepPlan Sparsifier::plan(int64_t step) const {
 
 StepPlan Sparsifier::begin_step(int64_t step) {
   require(step >= 0, kSparsifier, "step", step, "is negative");
+  if (config_.forward.is_soft()) choose_masks(step);
   const Schedule& schedule = config_.schedule;
   const bool is_measured = schedule.clock == Clock::kTokens && mean_rows_ == 0 &&
                            step >= schedule.begin && step < schedule.end_step();
@@ -286,6 +302,7 @@ StepPlan Sparsifier::begin_step(int64_t step) {
     if (is_due(known_[i], step)) due_.push_back(i);
   }
   is_started_ = true;
+  last_step_ = step;
   // A sum that its update did not take, because a step was left out, is of no use.
   for (size_t u = 0; u < units_.size(); ++u) {
     states_[u].link_gradient = at::Tensor();
@@ -344,6 +361,8 @@ UpdateReport Sparsifier::end_backward(int64_t step) {
     if (config_.order == UpdateOrder::kInsteadOfStep &&
         current_.actions[u] == UnitAction::kUpdate) {
       gradient = at::Tensor();
+    } else if (config_.forward.is_soft()) {
+      finish_soft_gradient(u);
     } else {
       units_[u].part_of(gradient).masked_fill_(states_[u].inactive, 0);
     }
@@ -357,7 +376,7 @@ UpdateReport Sparsifier::end_step(int64_t step) {
   UpdateReport report;
   report.step = step;
   if (config_.order == UpdateOrder::kAfterStep) report = update(step);
-  if (optimizers_.empty()) {
+  if (optimizers_.empty() && !config_.forward.is_soft()) {
     for (size_t u = 0; u < units_.size(); ++u) {
       units_[u].weight().masked_fill_(states_[u].inactive, 0);
     }

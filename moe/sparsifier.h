@@ -10,6 +10,7 @@
 
 #include "moe/parallel_groups.h"
 #include "moe/row_counts.h"
+#include "moe/soft_mask.h"
 #include "moe/sparse_budget.h"
 #include "moe/sparse_mask.h"
 #include "moe/sparse_schedule.h"
@@ -35,6 +36,8 @@ struct UnitLink {
   /// To be called by the backward, once per pass, with x [N, in] and the gradient of the product
   /// delta [N, out] of each row that counts. Empty: nobody wants them.
   std::function<void(const at::Tensor& x, const at::Tensor& delta)> accumulate;
+  /// Soft methods: what to compute with, made from the parameter, differentiable. Empty: itself.
+  std::function<at::Tensor(const at::Tensor& weight)> effective;
 };
 
 /// Which ranks hold a weight and train it alike.
@@ -110,6 +113,8 @@ struct SparsifierConfig {
   Structure structure;
   UpdateRule rule;
   Schedule schedule;
+  /// Soft methods choose masks by themselves: `rule` is not used, and `schedule` must not update.
+  Forward forward;
   StatePolicy state;
   UpdateOrder order = UpdateOrder::kBeforeStep;
   /// kGrad: an update looks at the sum of the gradients of this many steps, its own the last; one
@@ -181,10 +186,12 @@ struct UnitState {
   int64_t num_rows = 0;  ///< since the last update
   int64_t num_updates = 0;
   int64_t num_skipped = 0;
-  double churn_sum = 0;    ///< of dropped / active atoms over the updates
-  int64_t total_rows = 0;  ///< since the start, with Clock::kTokens
-  int64_t window = -1;     ///< of its last update, with Clock::kTokens
-  at::Tensor grad_sum;     ///< [out, in], inside a window of grad_accum steps; else undefined
+  double churn_sum = 0;      ///< of dropped / active atoms over the updates
+  int64_t total_rows = 0;    ///< since the start, with Clock::kTokens
+  int64_t window = -1;       ///< of its last update, with Clock::kTokens
+  at::Tensor grad_sum;       ///< [out, in], inside a window of grad_accum steps; else undefined
+  PackedMask backward;       ///< kTopKast: weights that the gradient reaches
+  int64_t chosen_step = -1;  ///< soft methods: when `mask` was chosen
 };
 struct SparsifierState {
   static constexpr int64_t kVersion = 2;
@@ -192,6 +199,7 @@ struct SparsifierState {
   uint64_t config_hash = 0;
   double mean_rows = 0;           ///< of Clock::kTokens; 0: still being measured
   int64_t num_counted_steps = 0;  ///< in which rows were counted for it
+  int64_t step = -1;              ///< the last that was begun; -1: none
   std::vector<UnitState> units;   ///< of all ranks, ordered by key
 };
 
@@ -221,6 +229,11 @@ struct SparsifierState {
 /// rounding from those of one process.
 ///
 /// Evaluate and save before the update of a step, not after it: grown weights are untrained.
+///
+/// Under a soft method (config.forward) parameters and gradients are dense, and layers compute with
+/// effective(): SparseLinear does so by itself. begin_step chooses the masks from the weights and
+/// is collective then; mask, nnz and stats are those of the last step. An optimizer's own weight
+/// decay reaches all weights.
 class Sparsifier {
  public:
   /// Draws the first masks and sets inactive weights to 0. Throws ConfigError for a unit that is
@@ -244,9 +257,10 @@ class Sparsifier {
   /// For units without a link that count rows: `num_rows` rows went through it in this pass.
   void count_rows(const UnitKey& key, int64_t num_rows);
   /// After backward: updates what is due unless the order is kAfterStep, then sets gradients of
-  /// inactive weights to 0. An undefined gradient counts as 0. Throws Diverged that names unit and
-  /// step for a NaN or an infinity among the scores, RanksDisagree that names unit and ranks if the
-  /// holders of a unit come to different masks; no mask or weight has changed then.
+  /// inactive weights to 0, or adds the soft method's own term. An undefined gradient counts as 0.
+  /// Throws Diverged that names unit and step for a NaN or an infinity among the scores,
+  /// RanksDisagree that names unit and ranks if the holders of a unit come to different masks; no
+  /// mask or weight has changed then.
   UpdateReport end_backward(int64_t step);
   /// After the optimizer step: updates what is due if the order is kAfterStep.
   UpdateReport end_step(int64_t step);
@@ -254,6 +268,8 @@ class Sparsifier {
   const std::vector<SparseUnit>& units() const { return units_; }  ///< ordered by key
   const SparsifierConfig& config() const { return config_; }
   const PackedMask& mask(const UnitKey& key) const;  ///< of atoms
+  /// What a layer computes with, differentiable by the parameter: hard masks the weight itself.
+  at::Tensor effective(const UnitKey& key) const;  ///< [out, in]
   const AtomLayout& layout(const UnitKey& key) const;
   UnitStats stats(const UnitKey& key) const;
   int64_t nnz() const;  ///< active weights of the units of this rank
@@ -299,6 +315,11 @@ class Sparsifier {
   void require_same_fingerprints(const std::vector<size_t>& units,
                                  const std::vector<uint64_t>& fingerprints, const char* what,
                                  const comm::CallSite& site) const;
+  void start_soft();
+  void set_soft_mask(size_t u, SoftMask mask);
+  void choose_masks(int64_t step);
+  void choose_first_masks();
+  void finish_soft_gradient(size_t u);
   void require_step(const char* call, int64_t step) const;
   std::string config_text() const;
   uint64_t config_hash() const;
@@ -316,6 +337,7 @@ class Sparsifier {
   StepPlan current_;
   std::vector<size_t> due_;  ///< places in known_ that update in the current step
   bool is_started_ = false;
+  int64_t last_step_ = -1;  ///< that was begun
 };
 
 }  // namespace perseid

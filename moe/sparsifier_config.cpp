@@ -53,8 +53,8 @@ const char* name_of(UpdateOrder order) {
 }  // namespace
 
 std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
-  const auto& [budget, structure, rule, schedule, state, order, grad_accum, min_rows, seed, units] =
-      config;
+  const auto& [budget, structure, rule, schedule, forward, state, order, grad_accum, min_rows, seed,
+               units] = config;
   out << "budget=" << name_of(budget.distribution) << " density=" << budget.density.numerator()
       << "/" << budget.density.denominator() << " power=" << budget.power
       << " epsilon=" << budget.epsilon;
@@ -77,7 +77,7 @@ std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
       << " weight_std=" << state.weight_std
       << " second_moment=" << (state.second_moment == GrownSecondMoment::kZero ? "zero" : "mean")
       << " order=" << name_of(order) << " grad_accum=" << grad_accum << " min_rows=" << min_rows
-      << " seed=" << seed;
+      << " seed=" << seed << forward;
   return out;
 }
 

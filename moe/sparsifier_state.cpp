@@ -64,13 +64,14 @@ void write(const UnitState& unit, ByteWriter& bytes) {
   bytes.add(unit.key.layer);
   bytes.add(unit.key.expert);
   bytes.add(unit.key.matrix);
-  for (const int64_t count :
-       {unit.num_rows, unit.num_updates, unit.num_skipped, unit.total_rows, unit.window}) {
+  for (const int64_t count : {unit.num_rows, unit.num_updates, unit.num_skipped, unit.total_rows,
+                              unit.window, unit.chosen_step}) {
     bytes.add(count);
   }
   bytes.add(unit.churn_sum);
   bytes.add(unit.mask);
   bytes.add(unit.ever_active);
+  bytes.add(unit.backward);
   bytes.add(unit.grad_sum.defined());
   if (!unit.grad_sum.defined()) return;
   const at::Tensor sum = unit.grad_sum.cpu().contiguous();
@@ -85,13 +86,14 @@ UnitState read(ByteReader& bytes) {
   unit.key.layer = bytes.take<int64_t>();
   unit.key.expert = bytes.take<int64_t>();
   unit.key.matrix = bytes.take<Matrix>();
-  for (int64_t* const count :
-       {&unit.num_rows, &unit.num_updates, &unit.num_skipped, &unit.total_rows, &unit.window}) {
+  for (int64_t* const count : {&unit.num_rows, &unit.num_updates, &unit.num_skipped,
+                               &unit.total_rows, &unit.window, &unit.chosen_step}) {
     *count = bytes.take<int64_t>();
   }
   unit.churn_sum = bytes.take<double>();
   unit.mask = bytes.take_mask();
   unit.ever_active = bytes.take_mask();
+  unit.backward = bytes.take_mask();
   if (!bytes.take<bool>()) return unit;
   const bool is_double = bytes.take<bool>();
   const auto out = bytes.take<int64_t>(), in = bytes.take<int64_t>();
@@ -122,6 +124,7 @@ SparsifierState Sparsifier::state_dict() const {
   result.config_hash = config_hash();
   result.mean_rows = mean_rows_;
   result.num_counted_steps = num_counted_steps_;
+  result.step = last_step_;
   const std::vector<int64_t> pending = summed_rows(site);
   const bool is_alone = groups_.world.size() == 1;
   ByteWriter mine;
@@ -138,6 +141,8 @@ SparsifierState Sparsifier::state_dict() const {
     state.churn_sum = unit.churn_sum;
     state.total_rows = known.total_rows + pending[unit.place];
     state.window = known.window;
+    state.backward = unit.soft.backward;
+    state.chosen_step = unit.soft.chosen_step;
     if (unit.grad_sum.defined()) state.grad_sum = unit.grad_sum.clone();
     if (is_alone) {
       result.units.push_back(std::move(state));
@@ -158,6 +163,7 @@ SparsifierState Sparsifier::state_dict() const {
 void Sparsifier::load(const SparsifierState& state) {
   const comm::CallSite site{.operation = kSparsifier};
   std::vector<const UnitState*> found(known_.size(), nullptr);
+  std::vector<SoftMask> soft(units_.size());
   comm::agree(groups_.world, site, [&] {
     require(state.version == SparsifierState::kVersion, kSparsifier, "version", state.version,
             "is not " + to_text(SparsifierState::kVersion) + ", which this build reads");
@@ -184,6 +190,11 @@ void Sparsifier::load(const SparsifierState& state) {
                               to_text(mine.layout.cols) + " atoms");
         }
       }
+      if (config_.forward.is_soft()) {
+        soft[u] = restore_soft_mask(config_.forward, mine.layout, mine.nnz, saved.mask,
+                                    saved.backward, saved.chosen_step, units_[u].weight(), name);
+        continue;
+      }
       std::vector<int64_t> saved_counts(static_cast<size_t>(mine.layout.cells.num_cells));
       std::vector<int64_t> counts = saved_counts;
       kernels::count_atoms(mine.layout.cells, saved.mask.data(), saved_counts.data());
@@ -209,7 +220,9 @@ void Sparsifier::load(const SparsifierState& state) {
       clock = kernels::splitmix64(clock ^ static_cast<uint64_t>(count));
     }
   }
-  clock = kernels::splitmix64(clock ^ static_cast<uint64_t>(state.num_counted_steps));
+  for (const int64_t count : {state.num_counted_steps, state.step}) {
+    clock = kernels::splitmix64(clock ^ static_cast<uint64_t>(count));
+  }
   std::vector<uint64_t> clocks(static_cast<size_t>(groups_.world.size()));
   comm::all_gather(&clock, sizeof(clock), clocks.data(), groups_.world, site);
   require_same_on_ranks(clocks, "counts of rows", groups_.world.rank(), site);
@@ -224,7 +237,12 @@ void Sparsifier::load(const SparsifierState& state) {
     Unit& mine = states_[u];
     const UnitState& saved = *found[mine.place];
     mine.ever_active = saved.ever_active;
-    set_mask(u, saved.mask);
+    if (config_.forward.is_soft()) {
+      set_soft_mask(u, std::move(soft[u]));
+      set_factors(config_.forward, std::max<int64_t>(state.step, 0), mine.soft);
+    } else {
+      set_mask(u, saved.mask);
+    }
     mine.num_rows = saved.num_rows;
     mine.num_pending = 0;
     if (units_[u].row_counts != nullptr) {
@@ -240,6 +258,7 @@ void Sparsifier::load(const SparsifierState& state) {
     mine.link_gradient = at::Tensor();
   }
   is_started_ = false;
+  last_step_ = state.step;
 }
 
 }  // namespace perseid

@@ -35,6 +35,8 @@ struct Sparsifier::Unit {
   double churn_sum = 0;
   at::Tensor link_gradient;  ///< what the link was given in this step
   at::Tensor grad_sum;       ///< over the steps of a window, over all ranks
+  int64_t nnz = 0;           ///< of the budget
+  SoftMask soft;             ///< soft methods only
 };
 
 /// What every rank knows of a unit of any rank; equal on all of them.

@@ -189,12 +189,17 @@ void Sparsifier::reset_weights(double gain) {
     const bool is_double = weight.scalar_type() == at::kDouble;
     const at::Tensor numbers = normal_numbers(
         states_[u].layout, is_double, draw_key(config_.seed, 0, units_[u].key, UnitDraw::kWeights));
-    const at::Tensor is_active = position_mask(states_[u].layout, states_[u].mask);
+    // Under a soft method all weights are drawn, then the masks are chosen among them.
+    const at::Tensor is_active =
+        position_mask(states_[u].layout, config_.forward.is_soft()
+                                             ? PackedMask::full(weight.size(0), weight.size(1))
+                                             : states_[u].mask);
     const at::Tensor fan_in = is_active.sum(1, /*keepdim=*/true).to(numbers.scalar_type());
     // A row without active entries divides by 0, and the mask takes the result away.
     const at::Tensor scaled = numbers.mul_(gain).div_(fan_in.sqrt_());
     weight.copy_(scaled.masked_fill_(is_active.logical_not(), 0));
   }
+  if (config_.forward.is_soft()) choose_first_masks();
 }
 
 }  // namespace perseid

@@ -1,6 +1,6 @@
 // The network of the tutorial on sparse evolutionary training (Mocanu et al., IJCAI 2019):
-// 784-1000- 1000-1000-10 on 2000 images of Fashion-MNIST with 3 % of its weights, chosen by static
-// masks, SET or RigL; or dense.
+// 784-1000-1000-1000-10 on 2000 images of Fashion-MNIST with 3 % of its weights, chosen by static
+// masks, SET, RigL or Top-KAST; with one of each 8, by RigL or the soft methods; or dense.
 //   sparse_mlp --dst set --epochs 400
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
@@ -145,13 +145,28 @@ SparsifierConfig config_of(const Options& options) {
   const int64_t total_steps = options.epochs * kStepsPerEpoch;
   SparsifierConfig config = presets::set(kEpsilon, kStepsPerEpoch, options.epochs, kZeta);
   const Budget budget = config.budget;
+  const double total = static_cast<double>(total_steps);
+  // Groups of 8 weights, the longest that fit all layers, keep one.
+  if (options.dst == "nm_dst") config = presets::nm_dst(1, 8, total_steps, 200);
+  if (options.dst == "srste") config = presets::srste(1, 8);
+  if (options.dst == "mdgf_lin") config = presets::mdgf_lin(1, 8, 2 / total);  // 0 at the half
+  if (options.dst == "mdgf_exp") config = presets::mdgf_exp(1, 8, 5 / total);
+  if (options.dst == "sdgf_step") config = presets::sdgf_step(1, 8, total_steps);
+  if (config.forward.method == ForwardMethod::kMaskDecay) {
+    config.forward.total_steps = total_steps;
+    config.forward.fine_tune = 0.1;  // so that it ends with 1:8
+  }
+  if (options.dst == "topkast") {
+    config = presets::topkast(Density::ratio(81492, 2794000), 0.1, kStepsPerEpoch);
+  }
+  const bool has_own_budget = config.structure.cell == Cell::kGroup || config.forward.is_soft();
   if (options.dst == "static") config = presets::static_mask(0.1);
-  if (options.dst == "rigl") {
-    config = presets::rigl(0.1, total_steps, 200);
+  if (options.dst == "rigl") config = presets::rigl(0.1, total_steps, 200);
+  if (options.dst == "rigl" || options.dst == "nm_dst") {
     config.schedule.begin = 200;  // the first steps have no 10 gradients yet
     config.grad_accum = 10;       // of 40 images each: a smaller sum chooses badly
   }
-  config.budget = budget;  // equal for all
+  if (!has_own_budget) config.budget = budget;  // equal for all others
   config.seed = options.seed;
   return config;
 }
@@ -263,7 +278,8 @@ int main(int argc, char** argv) {
   Options options;
   CLI::App app("Sparse training of a small network on Fashion-MNIST");
   app.add_option("--dst", options.dst, "how the active weights are chosen")
-      ->check(one_of({"static", "set", "rigl", "dense"}))
+      ->check(one_of({"static", "set", "rigl", "nm_dst", "srste", "mdgf_lin", "mdgf_exp",
+                      "sdgf_step", "topkast", "dense"}))
       ->capture_default_str();
   app.add_option("--epochs", options.epochs, "of 50 steps")
       ->check(in_range<int64_t>(1, 100000))

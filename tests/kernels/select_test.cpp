@@ -70,7 +70,34 @@ TYPED_TEST(SelectTyped, EqualsReference) {
   }
 }
 
+TYPED_TEST(SelectTyped, RowsEqualReference) {
+  using T = TypeParam;
+  struct Size {
+    int64_t rows, cols;
+  };
+  for (const auto& [rows, cols] :
+       std::vector<Size>{{0, 3}, {3, 0}, {1, 1}, {5000, 4}, {7, 37}, {3, 40000}}) {
+    auto values = normal_values<T>(rows * cols, 4, 3.0);
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (i % 2 == 0) values[i] = std::trunc(values[i]);
+      if (i % 13 == 0) values[i] = std::numeric_limits<T>::quiet_NaN();
+    }
+    for (const int64_t k : {int64_t{0}, int64_t{1}, cols / 2, cols, cols + 1}) {
+      std::vector<uint8_t> expected(values.size(), 9);
+      select_k_rows_reference(values.data(), rows, cols, k, DTypeOf<T>::value, expected.data());
+      for (const int threads_used : kThreadCounts) {
+        const Threads threads(threads_used);
+        std::vector<uint8_t> found(values.size(), 9);
+        select_k_rows(values.data(), rows, cols, k, DTypeOf<T>::value, found.data());
+        ASSERT_EQ(found, expected) << rows << "x" << cols << " k=" << k;
+      }
+    }
+  }
+}
+
 TEST(SelectK, WrongArguments) {
+  EXPECT_EQ(config_error([] { select_k_rows(nullptr, 1, 2, 1, DType::kFloat32, nullptr); }),
+            "[select_k_rows] values=null but 2 elements are needed; pass a buffer");
   EXPECT_EQ(config_error([] { kept<float>({1}, -1); }),
             "[select_k] k=-1 is negative; choose 0 or more");
   EXPECT_EQ(config_error([] { select_k(nullptr, -2, 1, DType::kFloat32, nullptr); }),

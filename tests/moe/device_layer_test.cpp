@@ -9,12 +9,14 @@
 //   NonFinite     a NaN is found at the end of the forward
 //   Backends      at::_grouped_mm against the loop, with experts without rows first, amid and last
 //   BFloat16      the layer in bfloat16, within its rounding
+//   Sparsity      experts of few hidden values are refused
 #include <gtest/gtest.h>
 
 #include "kernels/error.h"
 #include "moe/grouped_gemm.h"
 #include "moe/grouped_mlp.h"
 #include "moe/moe_layer.h"
+#include "tests/config_error.h"
 #include "tests/device_mode.h"
 #include "tests/moe/conformance_gates.h"
 #include "tests/moe/layer_fixture.h"
@@ -133,6 +135,21 @@ TEST_F(DeviceLayer, Experts) {
       compare([&] { return make_layer(c, make_parallel_groups(comm::self_group())); }, 37);
     }
   }
+}
+
+TEST_F(DeviceLayer, Sparsity) {
+  const ExpertPlacement placement = ExpertPlacement::contiguous(4, 1);
+  const auto gate = std::make_shared<gates::TopKGate>(gates::TopKGateOptions(kDModel, 4).top_k(2));
+  const auto experts = std::make_shared<GroupedMLP>(
+      GroupedMLPOptions(kDModel, kDFf).activation_sparsity(ActivationSparsity::top_k(2)), placement,
+      0);
+  MoELayer layer({gate}, experts, placement, make_parallel_groups(comm::self_group()));
+  layer.to(test_device());
+  const std::string text =
+      config_error([&] { layer.forward(case_tokens(9, at::kFloat).to(test_device())); });
+  EXPECT_EQ(text.find("[grouped_mlp] activation_sparsity=top_k is for the CPU only, but rows are "),
+            0)
+      << text;
 }
 
 TEST_F(DeviceLayer, ZeroSizes) {

@@ -49,14 +49,14 @@ CountingAllocator& counter() {
 }
 
 void check_saved(at::ScalarType dtype, bool gated, int64_t top_k, int64_t num_experts,
-                 double aux_loss_coeff) {
+                 double aux_loss_coeff, const ActivationSparsity& sparsity = {}) {
   constexpr int64_t kTokens = 640, kModel = 32, kFf = 24;
   SCOPED_TRACE(std::string(c10::toString(dtype)) + " K=" + std::to_string(top_k) +
                " gated=" + std::to_string(gated));
   CountingAllocator& memory = counter();
   const ExpertPlacement placement = ExpertPlacement::contiguous(num_experts, 1);
-  const auto experts =
-      std::make_shared<GroupedMLP>(GroupedMLPOptions(kModel, kFf).gated(gated), placement, 0);
+  const auto experts = std::make_shared<GroupedMLP>(
+      GroupedMLPOptions(kModel, kFf).gated(gated).activation_sparsity(sparsity), placement, 0);
   experts->to(dtype);
   const auto gate = std::make_shared<gates::TopKGate>(gates::TopKGateOptions(kModel, num_experts)
                                                           .top_k(top_k)
@@ -89,6 +89,13 @@ TEST(LayerMemory, SavesTokensAndPreActivations) {
       check_saved(dtype, gated, 8, 64, 1e-2);
       check_saved(dtype, gated, 2, 8, 0);
     }
+  }
+}
+
+TEST(LayerMemory, ActivationSparsity) {
+  for (const bool gated : {true, false}) {
+    check_saved(at::kFloat, gated, 2, 8, 0, ActivationSparsity::top_k(5));
+    check_saved(at::kBFloat16, gated, 2, 8, 0, ActivationSparsity::statistical_top_k(5));
   }
 }
 
