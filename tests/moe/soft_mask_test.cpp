@@ -10,6 +10,7 @@
 //   IsDense, IsHard  MdGf with decay 1 trains as a plain layer and with decay 0 as straight
 //                    through, bit for bit
 //   FollowsFrames    SdGf: N:M of each step, dense before
+//   KeepsItsChoice   between two choices, but not into a new frame; scaled gradients; new weights
 //   TopKast          sizes and nesting of both sets, gradient on the larger one, loss term, every
 //   Resume           inside a frame and between two choices: the uninterrupted run, bit for bit
 //   Groups           nm_dst: the mask changes and every group keeps N
@@ -331,6 +332,37 @@ TEST(SoftMask, FollowsFrames) {
     }
     EXPECT_EQ(sparsifier.nnz(), 24);
   }
+}
+
+TEST(SoftMask, KeepsItsChoice) {
+  // Chosen at the start of each frame only, also where steps are left out.
+  SparseLinear linear = make_linear(64, 3);
+  SparsifierConfig config = presets::sdgf_step(1, 8, 22, 2);
+  config.forward.every = 100;
+  config.forward.inactive = InactiveGradient::kScaled;
+  Sparsifier sparsifier({linear->unit()}, config);
+  torch::optim::SGD optimizer = make_sgd(linear);
+  int64_t num_kept = 0;
+  at::Tensor chosen;
+  int64_t last_frame = -1;
+  for (const int64_t step : {2, 3, 4, 9, 10, 13, 14, 21, 22, 23}) {
+    const int64_t index = frame_index(config.forward, step);
+    const NmFrame frame = config.forward.frames[static_cast<size_t>(index)];
+    const at::Tensor now = groups_by_hand(linear->weight, frame.n, frame.m);
+    if (index != last_frame) chosen = now;
+    last_frame = index;
+    num_kept += at::equal(chosen, now) ? 0 : 1;
+    train(linear, &sparsifier, optimizer, step, step + 1);
+    ASSERT_TRUE(at::equal(bits_of(sparsifier.mask({})), chosen)) << step;
+    EXPECT_TRUE(at::equal(linear->weight.grad().ne(0), chosen)) << "scaled by 0";
+  }
+  EXPECT_GE(num_kept, 1) << "a new choice would have been another";
+  // New weights are dense and chosen among at once.
+  sparsifier.reset_weights(1);
+  EXPECT_FALSE(linear->weight.eq(0).any().item<bool>());
+  EXPECT_TRUE(at::equal(bits_of(sparsifier.mask({})), at::ones({3, 64}, at::kBool)));
+  sparsifier.begin_step(30);
+  EXPECT_TRUE(at::equal(bits_of(sparsifier.mask({})), groups_by_hand(linear->weight, 1, 8)));
 }
 
 TEST(SoftMask, TopKast) {
