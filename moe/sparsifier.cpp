@@ -119,6 +119,12 @@ void Sparsifier::check_arguments() const {
       fail_sparsifier("clock", "tokens",
                       "needs the rows of " + unit.name + ", which nobody counts");
     }
+    if (config_.forward.is_soft() && unit.link == nullptr && !unit.uses_effective) {
+      fail_sparsifier("forward", "soft",
+                      "reaches nothing through " + unit.name +
+                          ", whose layer computes with the weight itself; use SparseLinear, or "
+                          "Sparsifier::effective and set uses_effective");
+    }
     if (unit.link != nullptr && unit.link->accumulate) {
       fail_sparsifier("units", unit.name, "belongs to another Sparsifier");
     }

@@ -64,6 +64,9 @@ struct SparseUnit {
   std::shared_ptr<RowCounts> row_counts;
   size_t row_slot = 0;
   bool counts_rows = false;  ///< Sparsifier::count_rows is called for this unit
+  /// Without a link: whoever owns the weight computes with Sparsifier::effective, as soft methods
+  /// need.
+  bool uses_effective = false;
 
   at::Tensor weight() const;  ///< [out, in], detached, shares memory with the parameter
   /// The same part of a tensor that is shaped like the parameter.

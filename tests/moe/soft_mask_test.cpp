@@ -512,8 +512,12 @@ TEST(SoftMask, Presets) {
 
 TEST(SoftMask, ExpertTensor) {
   const at::Tensor stacked = normal({3, 4, 8}, 3).requires_grad_(true);
-  Sparsifier sparsifier(expert_units("w1", stacked, 2, Matrix::kW1, {5, 1, 9}),
-                        presets::srste(2, 4, 0.5));
+  std::vector<SparseUnit> units = expert_units("w1", stacked, 2, Matrix::kW1, {5, 1, 9});
+  EXPECT_EQ(config_error([&] { Sparsifier(units, presets::srste(2, 4)); }),
+            "[sparsifier] forward=soft reaches nothing through w1.1, whose layer computes with the "
+            "weight itself; use SparseLinear, or Sparsifier::effective and set uses_effective");
+  for (SparseUnit& unit : units) unit.uses_effective = true;
+  Sparsifier sparsifier(units, presets::srste(2, 4, 0.5));
   sparsifier.begin_step(0);
   const at::Tensor effective = sparsifier.effective({2, 1, Matrix::kW1});
   const at::Tensor weight = stacked.detach()[1];
