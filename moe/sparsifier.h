@@ -226,10 +226,10 @@ struct SparsifierState {
 /// given, which is summed here, with its sign; and the rows of all ranks. Each update compares the
 /// new masks of all holders before it makes them. Constructor, end_backward, end_step, state_dict,
 /// load and totals are collective over groups.world; what one rank refuses is refused by all, and
-/// nothing is changed then. Scores that are equal bit for bit give equal masks: so it is with
-/// random growth if weights are, and with gradients where the layer gives them so,
-/// MoELayerOptions::strict with one replica of each expert; else sums of replicas differ in
-/// rounding from those of one process.
+/// nothing is changed then. Equal scores give equal masks. Between numbers of ranks scores are
+/// equal bit for bit where the layer's numbers are: MoELayerOptions::strict, one replica of each
+/// expert, and no trained parameter that all ranks share; else their sums over ranks differ in
+/// rounding, and masks where two scores are as close as that.
 ///
 /// Evaluate and save before the update of a step, not after it: grown weights are untrained.
 ///

@@ -77,23 +77,29 @@ std::pair<int64_t, int64_t> shard(int rank, int num_ranks) {  // first token and
   return {first, (rank + 1 == num_ranks ? kTokens : ends[r]) - first};
 }
 
-/// A layer, and on what it gives a sparse linear map that all ranks hold.
+/// A layer; and with a head: an expert for all tokens beside it, and on what they give a sparse
+/// linear map, both held by all ranks.
 struct Model : torch::nn::Module {
   Model(const ParallelGroups& groups_, bool has_head_, std::shared_ptr<gates::Gate> gate)
       : groups(groups_), has_head(has_head_) {
     const auto placement = ExpertPlacement::contiguous(kE, groups.expert_parallel.size());
+    if (has_head) {
+      shared = make_experts(ExpertKind::kGated, ExpertPlacement::contiguous(1, 1), 0, at::kDouble);
+    }
     layer = register_module("layer", std::make_shared<MoELayer>(
                                          std::vector<std::shared_ptr<gates::Gate>>{std::move(gate)},
                                          make_experts(ExpertKind::kGated, placement,
                                                       groups.expert_parallel.rank(), at::kDouble),
-                                         placement, groups));
+                                         placement, groups, MoELayerOptions(), shared));
     head = register_module(
         "head",
         SparseLinear(SparseLinearOptions(kDOut, 9).bias(false).key({1}).dtype(at::kDouble)));
   }
   std::vector<SparseUnit> units() const {
     std::vector<SparseUnit> all = layer->experts()->sparse_units(0);
-    if (has_head) all.push_back(head->unit());
+    if (!has_head) return all;
+    for (const SparseUnit& unit : shared->sparse_units(0)) all.push_back(unit);
+    all.push_back(head->unit());
     return all;
   }
   MoEStats backward(int64_t step) {
@@ -109,6 +115,7 @@ struct Model : torch::nn::Module {
 
   ParallelGroups groups;
   bool has_head;
+  std::shared_ptr<Experts> shared;
   std::shared_ptr<MoELayer> layer;
   SparseLinear head{nullptr};
 };
@@ -168,7 +175,7 @@ Trained train(int num_ranks, int64_t ep_size, const SparsifierConfig& config,
       for (const SparseUnit& unit : units) unit.weight().copy_(options.from->weights.at(unit.key));
       sparsifier.load(options.from->state);
     }
-    torch::optim::SGD optimizer(model.parameters(), torch::optim::SGDOptions(0.5));
+    torch::optim::SGD optimizer(model.parameters(), torch::optim::SGDOptions(0.1));
     sparsifier.attach(optimizer);
     int64_t num_grown = 0;
     for (int64_t step = options.first_step; step < options.end_step; ++step) {
@@ -230,9 +237,9 @@ TEST(SparseRanks, SameMasks) {
       presets::static_mask(0.5), set, rigl, staggered, instead, fan_in};
   for (size_t c = 0; c < configs.size(); ++c) {
     const Trained one = train(1, 1, configs[c]);
-    EXPECT_EQ(one.totals.size, 596);  // 5 (2 * 6 * 7 + 7 * 4) + 4 * 9
+    EXPECT_EQ(one.totals.size, 708);  // (5 + 1) (2 * 6 * 7 + 7 * 4) + 4 * 9
     if (c < 5) {
-      EXPECT_EQ(one.totals.nnz, 298);
+      EXPECT_EQ(one.totals.nnz, 354);
     }
     EXPECT_EQ(one.num_grown > 20, c > 0) << c;
     for (const auto& [num_ranks, ep_size] : layouts()) {
