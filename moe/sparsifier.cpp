@@ -13,6 +13,7 @@
 
 #include "kernels/error.h"
 #include "moe/optimizer_states.h"
+#include "moe/sparse_optimizer.h"
 #include "moe/tensor_types.h"
 
 namespace perseid {
@@ -119,6 +120,8 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config)
           "grad_accum", config_.grad_accum,
           "is outside [1, every=" + to_text(config_.schedule.every) + "]");
   require(config_.min_rows >= 0, kSparsifier, "min_rows", config_.min_rows, "is negative");
+  require(config_.state.second_moment != GrownSecondMoment::kGradient || needs_gradient(),
+          kSparsifier, "second_moment", "gradient", "needs grow = grad, which looks at gradients");
   require(config_.state.weight_std >= 0, kSparsifier, "weight_std", config_.state.weight_std,
           "is negative");
   std::sort(units_.begin(), units_.end(),
@@ -201,6 +204,17 @@ void Sparsifier::attach(torch::optim::Optimizer& optimizer) {
     return holds(optimizer, unit.parameter);
   });
   if (!is_used && !units_.empty()) fail("optimizer", "given", "holds no parameter of a unit");
+  CompressedStates* const compressed = compressed_states(optimizer);
+  const bool keeps_age = config_.state.second_moment == GrownSecondMoment::kAge;
+  if (compressed == nullptr && keeps_age) {
+    fail("second_moment", "age", "needs states of an optimizer of moe/sparse_optimizer.h");
+  }
+  for (size_t u = 0; compressed != nullptr && u < units_.size(); ++u) {
+    const SparseUnit& unit = units_[u];
+    if (!holds(optimizer, unit.parameter)) continue;
+    compressed->compress(unit.parameter, unit.slot,
+                         position_bits(states_[u].layout, states_[u].mask), keeps_age);
+  }
   optimizers_.push_back(&optimizer);
 }
 
@@ -308,12 +322,13 @@ UpdateReport Sparsifier::update(int64_t step) {
   for (const Proposal& proposal : proposals) {
     Unit& state = states_[proposal.unit];
     report.units.push_back(proposal.report);
-    state.grad_sum = at::Tensor();
     if (proposal.report.skipped != SkipReason::kNotSkipped) {
+      state.grad_sum = at::Tensor();
       ++state.num_skipped;
       continue;
     }
     apply(proposal.unit, step, proposal.change);
+    state.grad_sum = at::Tensor();
     state.num_rows = 0;
     ++state.num_updates;
   }
@@ -383,7 +398,18 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
                                  .to(weight.options());
     weight.copy_(at::where(grown, start, weight));
   }
+  const GrownSecondMoment policy = config_.state.second_moment;
+  at::Tensor gradient;
+  if (policy == GrownSecondMoment::kGradient) {
+    gradient = state.grad_sum / static_cast<double>(config_.grad_accum);
+  }
   for (torch::optim::Optimizer* const optimizer : optimizers_) {
+    if (CompressedStates* const compressed = compressed_states(*optimizer);
+        compressed != nullptr && compressed->is_compressed(unit.parameter)) {
+      compressed->change_mask(unit.parameter, unit.slot, position_bits(state.layout, change.mask),
+                              policy, gradient);
+      continue;
+    }
     const OptimizerStates states = states_of(*optimizer, unit.parameter);
     for (const at::Tensor& momentum : states.momentum) {
       slot_of(momentum, unit.slot).masked_fill_(changed, 0);
@@ -391,8 +417,10 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
     for (const at::Tensor& moments : states.second_moment) {
       const at::Tensor moment = slot_of(moments, unit.slot);
       moment.masked_fill_(changed, 0);
-      if (config_.state.second_moment == GrownSecondMoment::kMean) {
+      if (policy == GrownSecondMoment::kMean) {
         moment.masked_fill_(grown, mean_where(moment, untouched));
+      } else if (policy == GrownSecondMoment::kGradient) {
+        moment.copy_(at::where(grown, gradient.square().to(moment.scalar_type()), moment));
       }
     }
   }
@@ -528,6 +556,12 @@ void Sparsifier::load(const SparsifierState& state) {
     Unit& mine = states_[u];
     mine.ever_active = found[u]->ever_active;
     set_mask(u, found[u]->mask);
+    for (torch::optim::Optimizer* const optimizer : optimizers_) {
+      CompressedStates* const compressed = compressed_states(*optimizer);
+      if (compressed == nullptr || !compressed->is_compressed(units_[u].parameter)) continue;
+      compressed->change_mask(units_[u].parameter, units_[u].slot,
+                              position_bits(mine.layout, mine.mask), GrownSecondMoment::kMean);
+    }
     mine.num_rows = found[u]->num_rows;
     mine.num_updates = found[u]->num_updates;
     mine.num_skipped = found[u]->num_skipped;

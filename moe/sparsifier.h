@@ -67,7 +67,9 @@ enum class GrownWeight : uint8_t { kZero, kNormal };
 /// 0 makes the first step up to 3.2 times the learning rate at betas (0.9, 0.999).
 enum class GrownSecondMoment : uint8_t {
   kZero,
-  kMean,  ///< mean over the active weights of the unit that were not touched
+  kMean,      ///< mean over the active weights of the unit that were not touched
+  kAge,       ///< 0, and a step count of its own for each weight; needs SparseAdam or SparseAdamW
+  kGradient,  ///< square of the gradient that the update looked at, per step; needs kGrad
 };
 struct StatePolicy {
   GrownWeight weight = GrownWeight::kZero;
@@ -171,7 +173,8 @@ class Sparsifier {
   Sparsifier& operator=(const Sparsifier&) = delete;
 
   /// From now on updates treat its states, too: torch::optim::SGD, Adam or AdamW that holds units'
-  /// parameters; it must outlive this. Without an optimizer end_step sets inactive weights to 0.
+  /// parameters; it must outlive this. Those of moe/sparse_optimizer.h compress their states.
+  /// Without an optimizer end_step sets inactive weights to 0.
   void attach(torch::optim::Optimizer& optimizer);
 
   /// What the step will do: a function of step, unit and configuration.

@@ -49,6 +49,19 @@ const char* name_of(UpdateOrder order) {
          : order == UpdateOrder::kInsteadOfStep ? "instead_of_step"
                                                 : "after_step";
 }
+const char* name_of(GrownSecondMoment policy) {
+  switch (policy) {
+    case GrownSecondMoment::kZero:
+      return "zero";
+    case GrownSecondMoment::kMean:
+      return "mean";
+    case GrownSecondMoment::kAge:
+      return "age";
+    case GrownSecondMoment::kGradient:
+      return "gradient";
+  }
+  return "?";
+}
 
 }  // namespace
 
@@ -72,8 +85,7 @@ std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
       << " power=" << schedule.power << " alpha_min=" << schedule.alpha_min
       << " stagger=" << schedule.stagger
       << " grown=" << (state.weight == GrownWeight::kZero ? "zero" : "normal")
-      << " weight_std=" << state.weight_std
-      << " second_moment=" << (state.second_moment == GrownSecondMoment::kZero ? "zero" : "mean")
+      << " weight_std=" << state.weight_std << " second_moment=" << name_of(state.second_moment)
       << " order=" << name_of(order) << " grad_accum=" << grad_accum << " min_rows=" << min_rows
       << " seed=" << seed;
   return out;
