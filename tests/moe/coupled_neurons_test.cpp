@@ -70,9 +70,9 @@ PackedMask first_units(int64_t count) {
 
 TEST(CoupledNeurons, Scores) {
   ExpertWeights expert;
-  expert.w1 = at::tensor({{3.0, 0.0}, {0.0, 0.0}});
-  expert.w3 = at::tensor({{0.0, 4.0}, {1.0, 0.0}});
-  expert.w2 = at::tensor({{12.0, 0.0}});
+  expert.w1 = at::tensor({3.0, 0.0, 0.0, 0.0}).view({2, 2});
+  expert.w3 = at::tensor({0.0, 4.0, 1.0, 0.0}).view({2, 2});
+  expert.w2 = at::tensor({12.0, 0.0}).view({1, 2});
   EXPECT_TRUE(at::equal(neuron_scores(expert), at::tensor({13.0F, 1.0F})));
 
   for (const bool gated : {true, false}) {
