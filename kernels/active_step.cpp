@@ -1,8 +1,9 @@
 // A block of positions is gathered into the first-level cache, where its entries lie side by side
 // as their states do, and scattered afterwards: memory sees the mask, active entries and their
 // states once. Products and sums are fused where LibTorch's vector code fuses them and nowhere
-// else (this file is compiled without contraction), which gives its bits on CPUs with fused
-// instructions.
+// else (this file is compiled without contraction). On CPUs with fused instructions that gives the
+// bits of LibTorch's momentum and second moments, and of SGD's weights; Adam's differ by the
+// rounding of a root, which LibTorch takes from MKL.
 #include "kernels/active_step.h"
 
 #include <algorithm>
@@ -115,32 +116,17 @@ PERSEID_SIMD_CLONES void sgd_blocks(const ActiveEntries& entries, const SgdStep&
   }
 }
 
-/// lr / (1 - beta1^n) and sqrt(1 - beta2^n) of step n, in tables that end where the powers vanish
-/// beside 1.
-struct BiasCorrections {
-  std::vector<double> step_sizes, roots;
-};
-BiasCorrections corrections_by_age(const AdamStep& step) {
-  BiasCorrections result;
-  const int64_t last = std::min(step.step, kMaxAge);
-  for (int64_t n = 0; n <= last; ++n) {
-    const double correction = 1 - std::pow(step.beta1, n);
-    result.step_sizes.push_back(step.lr / correction);
-    if (correction == 1) break;
+void extend_table(double beta, int64_t last, std::vector<double>& table) {
+  for (auto n = static_cast<int64_t>(table.size()); n <= last; ++n) {
+    if (!table.empty() && table.back() == 1) break;
+    table.push_back(1 - std::pow(beta, n));
   }
-  for (int64_t n = 0; n <= last; ++n) {
-    const double correction = 1 - std::pow(step.beta2, n);
-    result.roots.push_back(std::sqrt(correction));
-    if (correction == 1) break;
-  }
-  return result;
 }
 
 template <typename T, typename A>
-PERSEID_SIMD_CLONES void adam_blocks(const ActiveEntries& entries, const AdamStep& step,
-                                     const BiasCorrections& by_age, T* weight, const T* grad,
-                                     A* master, const AdamStates& states, int64_t first,
-                                     int64_t last) {
+PERSEID_SIMD_CLONES void adam_blocks(const ActiveEntries& entries, const AdamStep& step, T* weight,
+                                     const T* grad, A* master, const AdamStates& states,
+                                     int64_t first, int64_t last) {
   Block<A> block;
   A denominator[kActiveBlock];
   const A beta1 = static_cast<A>(step.beta1), rest1 = static_cast<A>(1 - step.beta1);
@@ -149,8 +135,9 @@ PERSEID_SIMD_CLONES void adam_blocks(const ActiveEntries& entries, const AdamSte
   const A eps = static_cast<A>(step.eps);
   const A root = static_cast<A>(std::sqrt(1 - std::pow(step.beta2, step.step)));
   const A scale = static_cast<A>(-(step.lr / (1 - std::pow(step.beta1, step.step))));
-  const int64_t last_size = static_cast<int64_t>(by_age.step_sizes.size()) - 1;
-  const int64_t last_root = static_cast<int64_t>(by_age.roots.size()) - 1;
+  const BiasCorrections* const by_age = states.by_age;
+  const int64_t last_first = by_age ? static_cast<int64_t>(by_age->first.size()) - 1 : 0;
+  const int64_t last_second = by_age ? static_cast<int64_t>(by_age->second.size()) - 1 : 0;
   for (int64_t index = first; index < last; ++index) {
     gather(entries, index, weight, grad, master, block);
     const int64_t count = block.count;
@@ -166,7 +153,7 @@ PERSEID_SIMD_CLONES void adam_blocks(const ActiveEntries& entries, const AdamSte
     for (int64_t i = 0; i < count; ++i) {
       const A g = block.grad[i];
       m[i] = std::fma(g, rest1, m[i] * beta1);
-      v[i] = v[i] * beta2 + rest2 * g * g;
+      v[i] = std::fma(rest2 * g, g, v[i] * beta2);
       denominator[i] = v[i];
     }
     if (states.max_second_moment != nullptr) {
@@ -187,10 +174,10 @@ PERSEID_SIMD_CLONES void adam_blocks(const ActiveEntries& entries, const AdamSte
       for (int64_t i = 0; i < count; ++i) {
         const int64_t own = std::min<int64_t>(int64_t{age[i]} + 1, kMaxAge);
         age[i] = static_cast<uint16_t>(own);
-        const A own_root =
-            static_cast<A>(by_age.roots[static_cast<size_t>(std::min(own, last_root))]);
-        const A own_scale =
-            static_cast<A>(-by_age.step_sizes[static_cast<size_t>(std::min(own, last_size))]);
+        const auto n1 = static_cast<size_t>(std::min(own, last_first));
+        const auto n2 = static_cast<size_t>(std::min(own, last_second));
+        const A own_root = static_cast<A>(std::sqrt(by_age->second[n2]));
+        const A own_scale = static_cast<A>(-(step.lr / by_age->first[n1]));
         const A d = std::sqrt(denominator[i]) / own_root + eps;
         block.weight[i] += own_scale * m[i] / d;
       }
@@ -229,6 +216,15 @@ void count_active_blocks(const uint64_t* is_active, int64_t num_positions, int64
   }
 }
 
+void BiasCorrections::extend(const AdamStep& step) {
+  if (step.beta1 != beta1_ || step.beta2 != beta2_) *this = {};
+  beta1_ = step.beta1;
+  beta2_ = step.beta2;
+  const int64_t last = std::min(step.step, kMaxAge);
+  extend_table(step.beta1, last, first);
+  extend_table(step.beta2, last, second);
+}
+
 void sgd_active_step(const ActiveEntries& entries, const SgdStep& step, const StepWeights& weights,
                      void* buffer, Stream stream) {
   constexpr const char* kOperation = "sgd_active_step";
@@ -255,13 +251,13 @@ void adam_active_step(const ActiveEntries& entries, const AdamStep& step,
   require(step.step >= 1, kOperation, "step", step.step, "is below 1");
   require_buffer(kOperation, "momentum", states.momentum, num_active(entries));
   require_buffer(kOperation, "second_moment", states.second_moment, num_active(entries));
-  const BiasCorrections by_age =
-      states.age == nullptr ? BiasCorrections{} : corrections_by_age(step);
+  require(states.age == nullptr || states.by_age != nullptr, kOperation, "by_age", "null",
+          "is missing; age needs it");
   dispatch_dtype(weights.dtype, kOperation, [&](auto tag) {
     using T = decltype(tag);
     using A = Accumulate<T>;
     for_each_range(entries, [&](int64_t first, int64_t last) {
-      adam_blocks(entries, step, by_age, static_cast<T*>(weights.weight),
+      adam_blocks(entries, step, static_cast<T*>(weights.weight),
                   static_cast<const T*>(weights.grad), static_cast<A*>(weights.master), states,
                   first, last);
     });

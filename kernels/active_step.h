@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "kernels/dtype.h"
 #include "kernels/stream.h"
@@ -54,12 +55,22 @@ struct AdamStep {
   bool is_decoupled = false;  ///< AdamW: decay shrinks the weight, not through the gradient
   int64_t step = 1;           ///< this one's number, from 1
 };
+/// 1 - beta^n by n from 0 on, up to where the power vanishes beside 1. Kept between steps, as each
+/// needs but one more.
+struct BiasCorrections {
+  std::vector<double> first, second;
+  void extend(const AdamStep& step);  ///< anew if the betas have changed
+
+ private:
+  double beta1_ = -1, beta2_ = -1;
+};
 struct AdamStates {
   void* momentum = nullptr;           ///< [active]
   void* second_moment = nullptr;      ///< [active]
   void* max_second_moment = nullptr;  ///< [active] AMSGrad, or null
   /// [active] steps of each entry so far, which count instead of `step`; stays at 65535. Or null.
   uint16_t* age = nullptr;
+  const BiasCorrections* by_age = nullptr;  ///< extended for this step; with age
 };
 void adam_active_step(const ActiveEntries& entries, const AdamStep& step,
                       const StepWeights& weights, const AdamStates& states, Stream stream = {});

@@ -130,6 +130,8 @@ void repack(ActiveStates& states, const at::Tensor& weight, const Repacking& pla
 
 /// What the slots of one parameter are stepped with.
 struct Call {
+  int64_t step = 0;
+  kernels::BiasCorrections* by_age = nullptr;
   kernels::ActiveEntries entries;
   kernels::StepWeights weights;
 };
@@ -139,8 +141,8 @@ at::Tensor new_states(const ActiveStates& states, const at::Tensor& weight) {
 }
 
 /// The step of one slot by a kernel; states that are not there yet are made.
-void step_slot(const torch::optim::SGDOptions& options, int64_t step, const Call& call,
-               const at::Tensor& weight, ActiveStates& states) {
+void step_slot(const torch::optim::SGDOptions& options, const Call& call, const at::Tensor& weight,
+               ActiveStates& states) {
   kernels::SgdStep sgd;
   sgd.lr = options.lr();
   sgd.momentum = options.momentum();
@@ -151,12 +153,11 @@ void step_slot(const torch::optim::SGDOptions& options, int64_t step, const Call
     states.momentum = new_states(states, weight);
     sgd.is_first = true;
   }
-  static_cast<void>(step);
   kernels::sgd_active_step(call.entries, sgd, call.weights, mutable_data_of(states.momentum));
 }
 
 template <typename AdamOptions>
-void step_slot(const AdamOptions& options, int64_t step, const Call& call, const at::Tensor& weight,
+void step_slot(const AdamOptions& options, const Call& call, const at::Tensor& weight,
                ActiveStates& states) {
   kernels::AdamStep adam;
   adam.lr = options.lr();
@@ -165,7 +166,7 @@ void step_slot(const AdamOptions& options, int64_t step, const Call& call, const
   adam.eps = options.eps();
   adam.weight_decay = options.weight_decay();
   adam.is_decoupled = std::is_same_v<AdamOptions, torch::optim::AdamWOptions>;
-  adam.step = step;
+  adam.step = call.step;
   if (!states.momentum.defined()) states.momentum = new_states(states, weight);
   if (!states.second_moment.defined()) states.second_moment = new_states(states, weight);
   if (options.amsgrad() && !states.max_second_moment.defined()) {
@@ -175,13 +176,17 @@ void step_slot(const AdamOptions& options, int64_t step, const Call& call, const
   pointers.momentum = mutable_data_of(states.momentum);
   pointers.second_moment = mutable_data_of(states.second_moment);
   if (options.amsgrad()) pointers.max_second_moment = mutable_data_of(states.max_second_moment);
-  if (states.age.defined()) pointers.age = static_cast<uint16_t*>(mutable_data_of(states.age));
+  if (states.age.defined()) {
+    call.by_age->extend(adam);
+    pointers.age = static_cast<uint16_t*>(mutable_data_of(states.age));
+    pointers.by_age = call.by_age;
+  }
   kernels::adam_active_step(call.entries, adam, call.weights, pointers);
 }
 
 template <typename Options>
 void step_parameter(const Options& options, int64_t step, const at::Tensor& parameter,
-                    std::vector<ActiveStates>& slots) {
+                    kernels::BiasCorrections& by_age, std::vector<ActiveStates>& slots) {
   const at::Tensor gradient = parameter.grad().contiguous();
   const at::Tensor weights = parameter.detach();
   require(gradient.scalar_type() == weights.scalar_type() && gradient.sizes() == weights.sizes(),
@@ -194,6 +199,8 @@ void step_parameter(const Options& options, int64_t step, const at::Tensor& para
     const int64_t first = static_cast<int64_t>(slot) * size;
     const at::Tensor weight = weights.view({-1}).narrow(0, first, size);
     Call call;
+    call.step = step;
+    call.by_age = &by_age;
     call.entries = {states.positions.data(), size, states.block_starts.data()};
     call.weights.dtype = dtype_of(weight, kSparseOptimizer);
     call.weights.weight = mutable_data_of(weight);
@@ -208,7 +215,7 @@ void step_parameter(const Options& options, int64_t step, const at::Tensor& para
       }
       call.weights.master = mutable_data_of(states.master);
     }
-    step_slot(options, step, call, weight, states);
+    step_slot(options, call, weight, states);
   }
 }
 
@@ -293,7 +300,7 @@ void CompressedStates::compress(const at::Tensor& parameter, int64_t slot, Packe
           "has states of all entries already; attach before its first step");
   Parameter* found = find(parameter);
   if (found == nullptr) {
-    compressed_.push_back({parameter, 0, {}});
+    compressed_.push_back({parameter, 0, {}, {}});
     found = &compressed_.back();
     found->slots.resize(static_cast<size_t>(count));
     for (ActiveStates& states : found->slots) set_positions(states, PackedMask::full(1, size));
@@ -437,7 +444,7 @@ at::Tensor WithCompressedStates<Base>::step(torch::optim::Optimizer::LossClosure
       Parameter* const parameter = this->find(tensor);
       if (parameter == nullptr || !tensor.grad().defined()) continue;
       ++parameter->step;
-      step_parameter(options, parameter->step, tensor, parameter->slots);
+      step_parameter(options, parameter->step, tensor, parameter->by_age, parameter->slots);
     }
   }
   return loss;

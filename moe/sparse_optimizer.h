@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/active_step.h"
 #include "moe/sparse_mask.h"
 #include "moe/sparsifier.h"
 
@@ -65,7 +66,8 @@ class CompressedStates {
   struct Parameter {
     at::Tensor tensor;
     int64_t step = 0;
-    std::vector<ActiveStates> slots;  ///< one of a weight without slots
+    std::vector<ActiveStates> slots;       ///< one of a weight without slots
+    kernels::BiasCorrections by_age = {};  ///< for those with age
   };
   Parameter* find(const at::Tensor& parameter);
   void write(torch::serialize::OutputArchive& archive) const;

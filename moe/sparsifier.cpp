@@ -56,6 +56,16 @@ at::Tensor normal_numbers(const AtomLayout& layout, bool is_double, kernels::Ran
   return result;
 }
 
+/// Values of inactive positions become 0.
+void keep_active(const AtomLayout& layout, const PackedMask& mask, const at::Tensor& inactive,
+                 const at::Tensor& values) {
+  if (layout.is_elementwise()) {
+    zero_inactive(mask, inactive, values);
+  } else {
+    values.masked_fill_(inactive, 0);
+  }
+}
+
 /// Mean of the marked elements; sums in order, so that threads do not matter. 0 without any.
 double mean_where(const at::Tensor& values, const at::Tensor& is_counted) {
   const at::Tensor counted =
@@ -290,7 +300,8 @@ UpdateReport Sparsifier::end_backward(int64_t step) {
         current_.actions[u] == UnitAction::kUpdate) {
       gradient = at::Tensor();
     } else {
-      slot_of(gradient, units_[u].slot).masked_fill_(states_[u].inactive, 0);
+      keep_active(states_[u].layout, states_[u].mask, states_[u].inactive,
+                  slot_of(gradient, units_[u].slot));
     }
   }
   return report;
@@ -304,7 +315,7 @@ UpdateReport Sparsifier::end_step(int64_t step) {
   if (config_.order == UpdateOrder::kAfterStep) report = update(step);
   if (optimizers_.empty()) {
     for (size_t u = 0; u < units_.size(); ++u) {
-      units_[u].weight().masked_fill_(states_[u].inactive, 0);
+      keep_active(states_[u].layout, states_[u].mask, states_[u].inactive, units_[u].weight());
     }
   }
   is_started_ = false;
@@ -435,7 +446,7 @@ void Sparsifier::set_mask(size_t u, PackedMask mask) {
       state.ever_active.num_places() == 0 ? state.mask : (state.ever_active | state.mask);
   const at::Tensor weight = units_[u].weight();
   state.inactive = position_mask(state.layout, state.mask).logical_not_().to(weight.device());
-  weight.masked_fill_(state.inactive, 0);
+  keep_active(state.layout, state.mask, state.inactive, weight);
   if (units_[u].link == nullptr) return;
   UnitLink& link = *units_[u].link;
   link.inactive = state.inactive;

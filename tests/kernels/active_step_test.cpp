@@ -126,7 +126,10 @@ TYPED_TEST(ActiveStepTyped, Adam) {
         states.momentum = problem.momentum.data();
         states.second_moment = problem.second.data();
         if (variant == 2) states.max_second_moment = problem.largest.data();
+        BiasCorrections by_age;
+        by_age.extend(step);
         if (variant == 3) states.age = problem.age.data();
+        states.by_age = &by_age;
         (is_reference
              ? adam_active_step_reference(problem.entries(), step, problem.weights(has_master),
                                           states)

@@ -52,6 +52,7 @@ TYPED_TEST(CsrProductTyped, EqualsReference) {
                                            {3, 21, 5},
                                            {64, 64, 40},
                                            {33, 100, 127},
+                                           {20, 700, 6},
                                            {5, 7, 0},
                                            {0, 3, 2},
                                            {3, 0, 2},
