@@ -214,7 +214,7 @@ kernels::BlockWeights block_weights(const SparseExport& weight, const at::Tensor
           data_of(values)};
 }
 
-at::Tensor multiply(const at::Tensor& x, const SparseExport& weight) {
+at::Tensor multiply_export(const at::Tensor& x, const SparseExport& weight) {
   const at::ScalarType type = sum_type(weight.values);
   const at::Tensor values = weight.values.detach().to(type).contiguous();
   const kernels::DType dtype = dtype_of(values, kSparseExport);
@@ -235,8 +235,9 @@ at::Tensor multiply(const at::Tensor& x, const SparseExport& weight) {
   return y.to(weight.values.scalar_type()).t();
 }
 
-MatmulGradients multiply_backward(const at::Tensor& x, const at::Tensor& delta,
-                                  const SparseExport& weight, bool needs_x, bool needs_values) {
+MatmulGradients multiply_export_backward(const at::Tensor& x, const at::Tensor& delta,
+                                         const SparseExport& weight, bool needs_x,
+                                         bool needs_values) {
   const at::ScalarType own = weight.values.scalar_type(), type = sum_type(weight.values);
   const at::Tensor values = weight.values.detach().to(type).contiguous();
   const kernels::DType dtype = dtype_of(values, kSparseExport);
@@ -284,7 +285,7 @@ struct SparseMatmul : torch::autograd::Function<SparseMatmul> {
     kept.values = at::Tensor();  // autograd looks after it
     context->saved_data["weight"] =
         c10::IValue::make_capsule(c10::make_intrusive<ExportHolder>(std::move(kept)));
-    return multiply(x, weight);
+    return multiply_export(x, weight);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
@@ -293,7 +294,7 @@ struct SparseMatmul : torch::autograd::Function<SparseMatmul> {
         context->saved_data["weight"].toCapsule();
     SparseExport weight = static_cast<const ExportHolder&>(*capsule).weight;
     weight.values = saved[1];
-    const MatmulGradients result = multiply_backward(
+    const MatmulGradients result = multiply_export_backward(
         saved[0], grads[0], weight, context->needs_input_grad(0), context->needs_input_grad(1));
     return {result.x, result.values, at::Tensor()};
   }

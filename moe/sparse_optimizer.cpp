@@ -23,7 +23,7 @@ namespace {
 
 constexpr const char* kSparseOptimizer = "sparse_optimizer";
 
-int64_t num_slots(const at::Tensor& parameter, int64_t slot) {
+int64_t count_slots(const at::Tensor& parameter, int64_t slot) {
   return slot < 0 ? 1 : parameter.size(0);
 }
 
@@ -289,7 +289,7 @@ void CompressedStates::compress(const at::Tensor& parameter, int64_t slot, Packe
           to_text(parameter.device()) + " with strides " + to_text(parameter.strides()),
           "is not contiguous host memory");
   dtype_of(parameter, kSparseOptimizer);
-  const int64_t count = num_slots(parameter, slot);
+  const int64_t count = count_slots(parameter, slot);
   require(slot < count, kSparseOptimizer, "slot", slot,
           "is outside its parameter of " + to_text(count));
   const int64_t size = parameter.numel() / std::max<int64_t>(count, 1);
