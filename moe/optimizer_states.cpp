@@ -5,6 +5,7 @@
 #include <torch/optim/sgd.h>
 
 #include "kernels/error.h"
+#include "moe/sparse_optimizer.h"
 
 namespace perseid {
 namespace {
@@ -58,6 +59,10 @@ OptimizerStates states_of(torch::optim::Optimizer& optimizer, const at::Tensor& 
     add_moments(*adamw, result);
   }
   return result;
+}
+
+CompressedStates* compressed_states(torch::optim::Optimizer& optimizer) {
+  return dynamic_cast<CompressedStates*>(&optimizer);
 }
 
 }  // namespace perseid

@@ -11,6 +11,8 @@ class Optimizer;
 
 namespace perseid {
 
+class CompressedStates;
+
 struct OptimizerStates {
   std::vector<at::Tensor> momentum;       ///< averages of gradients
   std::vector<at::Tensor> second_moment;  ///< averages of squares
@@ -26,5 +28,8 @@ double learning_rate_of(const torch::optim::Optimizer& optimizer, const at::Tens
 
 /// The tensors themselves; none before the parameter's first step.
 OptimizerStates states_of(torch::optim::Optimizer& optimizer, const at::Tensor& parameter);
+
+/// The optimizer's part with compressed states; null for LibTorch's own optimizers.
+CompressedStates* compressed_states(torch::optim::Optimizer& optimizer);
 
 }  // namespace perseid

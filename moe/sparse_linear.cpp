@@ -67,7 +67,9 @@ struct SparseProduct : torch::autograd::Function<SparseProduct> {
     if (!is_sparse(link, x, weight)) {
       if (needs_x) grad_x = delta.mm(weight);
       if (needs_weight) grad_weight = delta.t().mm(x);
-      if (needs_weight && link.inactive.defined()) grad_weight.masked_fill_(link.inactive, 0);
+      if (needs_weight && link.inactive.defined()) {
+        zero_inactive(link.active, link.inactive, grad_weight);
+      }
       return {grad_x, grad_weight, at::Tensor()};
     }
     const int64_t out = weight.size(0), in = weight.size(1), num_rows = x.size(0);

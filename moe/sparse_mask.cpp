@@ -1,5 +1,6 @@
 #include "moe/sparse_mask.h"
 
+#include <algorithm>
 #include <bit>
 
 #include "kernels/error.h"
@@ -50,6 +51,24 @@ void PackedMask::set(int64_t place, bool is_in) {
   const uint64_t bit = uint64_t{1} << (place % 64);
   uint64_t& word = words_[static_cast<size_t>(place / 64)];
   word = is_in ? word | bit : word & ~bit;
+}
+
+void PackedMask::set_rows(int64_t first, const PackedMask& part) {
+  require(part.cols() == cols_, kPackedMask, "cols", part.cols(),
+          "of the rows differs from cols=" + to_text(cols_));
+  require(first >= 0 && first + part.rows() <= rows_, kPackedMask, "first", first,
+          "with rows=" + to_text(part.rows()) + " is outside rows=" + to_text(rows_));
+  for (int64_t place = 0; place < part.num_places(); place += 64) {
+    const int64_t count = std::min<int64_t>(part.num_places() - place, 64);
+    const uint64_t bits = part.words_[static_cast<size_t>(place / 64)];
+    const uint64_t all = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+    const int64_t target = first * cols_ + place, shift = target % 64;
+    uint64_t* const word = words_.data() + target / 64;
+    word[0] = (word[0] & ~(all << shift)) | bits << shift;
+    if (shift + count > 64) {
+      word[1] = (word[1] & ~(all >> (64 - shift))) | bits >> (64 - shift);
+    }
+  }
 }
 
 uint64_t PackedMask::fingerprint() const {

@@ -25,6 +25,9 @@ class PackedMask {
     return (words_[static_cast<size_t>(place / 64)] >> (place % 64) & 1) != 0;
   }
   void set(int64_t place, bool is_in);
+  /// Rows [first, first + part.rows()) become those of a mask of as many columns. Others are a
+  /// ConfigError.
+  void set_rows(int64_t first, const PackedMask& part);
 
   /// 64 bits of shape and places; the same on every machine.
   uint64_t fingerprint() const;

@@ -9,6 +9,8 @@
 #include <algorithm>
 
 #include "kernels/error.h"
+#include "kernels/mask_values.h"
+#include "moe/tensor_types.h"
 
 namespace perseid {
 namespace {
@@ -129,9 +131,21 @@ PackedMask position_bits(const AtomLayout& layout, const PackedMask& mask) {
 at::Tensor position_mask(const AtomLayout& layout, const PackedMask& mask) {
   const PackedMask bits = position_bits(layout, mask);
   at::Tensor result = at::empty({layout.out, layout.in}, at::kBool);
-  bool* const is_active = result.mutable_data_ptr<bool>();
-  for (int64_t place = 0; place < bits.num_places(); ++place) is_active[place] = bits.test(place);
+  kernels::expand_mask(bits.data(), bits.num_places(),
+                       static_cast<uint8_t*>(result.mutable_data_ptr()));
   return result;
+}
+
+void zero_inactive(const PackedMask& positions, const at::Tensor& inactive,
+                   const at::Tensor& values) {
+  const at::ScalarType type = values.scalar_type();
+  const bool has_kernel = type == at::kFloat || type == at::kDouble || type == at::kBFloat16;
+  if (!values.is_cpu() || !values.is_contiguous() || !has_kernel) {
+    values.masked_fill_(inactive, 0);
+    return;
+  }
+  kernels::zero_inactive(positions.data(), positions.num_places(),
+                         dtype_of(values, kSparseStructure), mutable_data_of(values));
 }
 
 int64_t count_positions(const AtomLayout& layout, const PackedMask& mask) {

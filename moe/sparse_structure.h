@@ -77,6 +77,13 @@ at::Tensor position_mask(const AtomLayout& layout, const PackedMask& mask);
 /// The same as bits.
 PackedMask position_bits(const AtomLayout& layout, const PackedMask& mask);
 
+/// Values of inactive positions become 0. Host memory takes the bits, other memory the flags.
+/// @param positions  [out, in] active ones
+/// @param inactive   [out, in] bool, the others, where the values are
+/// @param values     [out, in]
+void zero_inactive(const PackedMask& positions, const at::Tensor& inactive,
+                   const at::Tensor& values);
+
 /// Active positions, padding left out.
 int64_t count_positions(const AtomLayout& layout, const PackedMask& mask);
 

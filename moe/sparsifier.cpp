@@ -8,6 +8,7 @@
 
 #include "comm/agree.h"
 #include "moe/optimizer_states.h"
+#include "moe/sparse_optimizer.h"
 #include "moe/sparsifier_unit.h"
 
 namespace perseid {
@@ -85,6 +86,8 @@ void Sparsifier::check_arguments() const {
   require(config_.grad_accum == 1 || !has_tokens, kSparsifier, "grad_accum", config_.grad_accum,
           "is above 1, but with the token clock nobody knows when an update comes");
   require(config_.min_rows >= 0, kSparsifier, "min_rows", config_.min_rows, "is negative");
+  require(config_.state.second_moment != GrownSecondMoment::kGradient || needs_gradient(),
+          kSparsifier, "second_moment", "gradient", "needs grow = grad, which looks at gradients");
   require(config_.state.weight_std >= 0, kSparsifier, "weight_std", config_.state.weight_std,
           "is negative");
   require(config_.all_units.empty() || groups_.world.size() == 1, kSparsifier, "all_units",
@@ -232,6 +235,21 @@ void Sparsifier::attach(torch::optim::Optimizer& optimizer) {
   if (!is_used && !units_.empty()) {
     fail_sparsifier("optimizer", "given", "holds no parameter of a unit");
   }
+  CompressedStates* const compressed = compressed_states(optimizer);
+  const bool keeps_age = config_.state.second_moment == GrownSecondMoment::kAge;
+  if (compressed == nullptr && keeps_age) {
+    fail_sparsifier("second_moment", "age",
+                    "needs states of an optimizer of moe/sparse_optimizer.h");
+  }
+  if (compressed != nullptr && config_.forward.is_soft()) {
+    fail_sparsifier("optimizer", "with compressed states",
+                    "forgets inactive weights, which a soft method trains; use LibTorch's own");
+  }
+  for (size_t u = 0; compressed != nullptr && u < units_.size(); ++u) {
+    const SparseUnit& unit = units_[u];
+    if (!holds(optimizer, unit.parameter)) continue;
+    compressed->compress(unit.parameter, unit.slot, slot_positions(u, states_[u].mask), keeps_age);
+  }
   optimizers_.push_back(&optimizer);
 }
 
@@ -370,7 +388,7 @@ UpdateReport Sparsifier::end_backward(int64_t step) {
     } else if (config_.forward.is_soft()) {
       finish_soft_gradient(u);
     } else {
-      units_[u].part_of(gradient).masked_fill_(states_[u].inactive, 0);
+      keep_active(u, units_[u].part_of(gradient));
     }
   }
   return report;
@@ -384,7 +402,7 @@ UpdateReport Sparsifier::end_step(int64_t step) {
   if (config_.order == UpdateOrder::kAfterStep) report = update(step);
   if (optimizers_.empty() && !config_.forward.is_soft()) {
     for (size_t u = 0; u < units_.size(); ++u) {
-      units_[u].weight().masked_fill_(states_[u].inactive, 0);
+      keep_active(u, units_[u].weight());
     }
   }
   is_started_ = false;

@@ -103,7 +103,9 @@ enum class GrownWeight : uint8_t { kZero, kNormal };
 /// 0 makes the first step up to 3.2 times the learning rate at betas (0.9, 0.999).
 enum class GrownSecondMoment : uint8_t {
   kZero,
-  kMean,  ///< mean over the active weights of the unit that were not touched
+  kMean,      ///< mean over the active weights of the unit that were not touched
+  kAge,       ///< 0, and a step count of its own for each weight; needs SparseAdam or SparseAdamW
+  kGradient,  ///< square of the gradient that the update looked at, per step; needs kGrad
 };
 struct StatePolicy {
   GrownWeight weight = GrownWeight::kZero;
@@ -249,7 +251,8 @@ class Sparsifier {
   Sparsifier& operator=(const Sparsifier&) = delete;
 
   /// From now on updates treat its states, too: torch::optim::SGD, Adam or AdamW that holds units'
-  /// parameters; it must outlive this. Without an optimizer end_step sets inactive weights to 0.
+  /// parameters; it must outlive this. Those of moe/sparse_optimizer.h compress their states.
+  /// Without an optimizer end_step sets inactive weights to 0.
   void attach(torch::optim::Optimizer& optimizer);
 
   /// What the step will do: a function of step, unit and configuration, with Clock::kTokens also of
@@ -313,6 +316,10 @@ class Sparsifier {
   Proposal propose(size_t u, int64_t step);
   void apply(size_t u, int64_t step, const MaskUpdate& change);
   void set_mask(size_t u, PackedMask mask);
+  void keep_active(size_t u, const at::Tensor& values) const;
+  PackedMask slot_positions(size_t u, const PackedMask& mask) const;
+  void change_compressed(size_t u, const PackedMask& mask, GrownSecondMoment policy,
+                         const at::Tensor& gradient);
   void check_arguments() const;
   void know_units(const comm::CallSite& site);
   void require_same_fingerprints(const std::vector<size_t>& units,

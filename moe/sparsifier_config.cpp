@@ -49,6 +49,19 @@ const char* name_of(UpdateOrder order) {
          : order == UpdateOrder::kInsteadOfStep ? "instead_of_step"
                                                 : "after_step";
 }
+const char* name_of(GrownSecondMoment policy) {
+  switch (policy) {
+    case GrownSecondMoment::kZero:
+      return "zero";
+    case GrownSecondMoment::kMean:
+      return "mean";
+    case GrownSecondMoment::kAge:
+      return "age";
+    case GrownSecondMoment::kGradient:
+      return "gradient";
+  }
+  return "?";
+}
 
 }  // namespace
 
@@ -74,8 +87,7 @@ std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
       << " clock=" << (schedule.clock == Clock::kStep ? "step" : "tokens")
       << " mean_rows=" << schedule.mean_rows
       << " grown=" << (state.weight == GrownWeight::kZero ? "zero" : "normal")
-      << " weight_std=" << state.weight_std
-      << " second_moment=" << (state.second_moment == GrownSecondMoment::kZero ? "zero" : "mean")
+      << " weight_std=" << state.weight_std << " second_moment=" << name_of(state.second_moment)
       << " order=" << name_of(order) << " grad_accum=" << grad_accum << " min_rows=" << min_rows
       << " seed=" << seed << forward;
   return out;

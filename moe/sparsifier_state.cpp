@@ -242,6 +242,7 @@ void Sparsifier::load(const SparsifierState& state) {
       set_factors(config_.forward, std::max<int64_t>(state.step, 0), mine.soft);
     } else {
       set_mask(u, saved.mask);
+      change_compressed(u, saved.mask, GrownSecondMoment::kMean, {});
     }
     mine.num_rows = saved.num_rows;
     mine.num_pending = 0;

@@ -8,6 +8,7 @@
 
 #include "comm/agree.h"
 #include "moe/optimizer_states.h"
+#include "moe/sparse_optimizer.h"
 #include "moe/sparsifier_unit.h"
 #include "moe/tensor_types.h"
 
@@ -68,13 +69,14 @@ UpdateReport Sparsifier::update(int64_t step) {
   for (const Proposal& proposal : proposals) {
     Unit& state = states_[proposal.unit];
     report.units.push_back(proposal.report);
-    state.grad_sum = at::Tensor();
     if (proposal.report.skipped != SkipReason::kNotSkipped) {
+      state.grad_sum = at::Tensor();
       ++state.num_skipped;
       continue;
     }
     const int64_t num_active = state.mask.count();
     apply(proposal.unit, step, proposal.change);
+    state.grad_sum = at::Tensor();
     state.num_rows = 0;
     ++state.num_updates;
     if (num_active > 0) {
@@ -147,7 +149,15 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
                                  .to(weight.options());
     weight.copy_(at::where(grown, start, weight));
   }
+  const GrownSecondMoment policy = config_.state.second_moment;
+  at::Tensor gradient;
+  if (policy == GrownSecondMoment::kGradient) {
+    gradient = state.grad_sum / static_cast<double>(config_.grad_accum);
+  }
+  change_compressed(u, change.mask, policy, gradient);
   for (torch::optim::Optimizer* const optimizer : optimizers_) {
+    const CompressedStates* const compressed = compressed_states(*optimizer);
+    if (compressed != nullptr && compressed->is_compressed(unit.parameter)) continue;
     const OptimizerStates states = states_of(*optimizer, unit.parameter);
     for (const at::Tensor& momentum : states.momentum) {
       unit.part_of(momentum).masked_fill_(changed, 0);
@@ -155,12 +165,57 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
     for (const at::Tensor& moments : states.second_moment) {
       const at::Tensor moment = unit.part_of(moments);
       moment.masked_fill_(changed, 0);
-      if (config_.state.second_moment == GrownSecondMoment::kMean) {
+      if (policy == GrownSecondMoment::kMean) {
         moment.masked_fill_(grown, mean_where(moment, untouched));
+      } else if (policy == GrownSecondMoment::kGradient) {
+        moment.copy_(at::where(grown, gradient.square().to(moment.scalar_type()), moment));
       }
     }
   }
   set_mask(u, change.mask);
+}
+
+/// Values of inactive positions of the unit become 0.
+void Sparsifier::keep_active(size_t u, const at::Tensor& values) const {
+  const Unit& state = states_[u];
+  if (state.layout.is_elementwise()) {
+    zero_inactive(state.mask, state.inactive, values);
+  } else {
+    values.masked_fill_(state.inactive, 0);
+  }
+}
+
+/// Active positions of the whole matrix that the unit is a part of, with `mask` for the unit itself
+/// and all of what belongs to no unit.
+PackedMask Sparsifier::slot_positions(size_t u, const PackedMask& mask) const {
+  const SparseUnit& unit = units_[u];
+  if (unit.num_out < 0) return position_bits(states_[u].layout, mask);
+  PackedMask whole = PackedMask::full(unit.parameter.size(-2), unit.parameter.size(-1));
+  for (size_t other = 0; other < units_.size(); ++other) {
+    const SparseUnit& part = units_[other];
+    if (!part.parameter.is_same(unit.parameter) || part.slot != unit.slot) continue;
+    whole.set_rows(part.first_out,
+                   position_bits(states_[other].layout, other == u ? mask : states_[other].mask));
+  }
+  return whole;
+}
+
+/// States that some optimizer keeps for active entries only, for a new mask of the unit.
+/// @param gradient  [as the unit] read under kGradient
+void Sparsifier::change_compressed(size_t u, const PackedMask& mask, GrownSecondMoment policy,
+                                   const at::Tensor& gradient) {
+  const SparseUnit& unit = units_[u];
+  for (torch::optim::Optimizer* const optimizer : optimizers_) {
+    CompressedStates* const compressed = compressed_states(*optimizer);
+    if (compressed == nullptr || !compressed->is_compressed(unit.parameter)) continue;
+    StateChange change;
+    change.positions = slot_positions(u, mask);
+    change.policy = policy;
+    change.first_row = unit.num_out < 0 ? 0 : unit.first_out;
+    change.num_rows = unit.num_out;
+    change.gradient = gradient;
+    compressed->change_mask(unit.parameter, unit.slot, std::move(change));
+  }
 }
 
 void Sparsifier::set_mask(size_t u, PackedMask mask) {
@@ -171,7 +226,7 @@ void Sparsifier::set_mask(size_t u, PackedMask mask) {
       state.ever_active.num_places() == 0 ? state.mask : (state.ever_active | state.mask);
   const at::Tensor weight = units_[u].weight();
   state.inactive = position_mask(state.layout, state.mask).logical_not_().to(weight.device());
-  weight.masked_fill_(state.inactive, 0);
+  keep_active(u, weight);
   if (units_[u].link == nullptr) return;
   UnitLink& link = *units_[u].link;
   link.inactive = state.inactive;

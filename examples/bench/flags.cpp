@@ -17,7 +17,7 @@ using examples::one_of;
 constexpr int kUsageError = 64;
 constexpr int64_t kManyTokens = int64_t{1} << 24;
 constexpr const char* kCommands =
-    "layer, gates, router, permute, combine, search, swap, limits or exchange";
+    "layer, gates, router, permute, combine, search, swap, sparse, limits or exchange";
 
 /// Values from which cases are made.
 struct Words {
@@ -125,6 +125,14 @@ void add_limits_flags(CLI::App& app, Program& program) {
   add_time_flags(app, options);
 }
 
+void add_sparse_flags(CLI::App& app, Program& program) {
+  SparseBenchOptions& options = program.sparse;
+  add_count(app, "--tokens", options.num_rows, "rows of the training step", 1, kManyTokens);
+  add_count(app, "--hidden-size,--d-model", options.width, "in and out of the layer of the step", 1,
+            1 << 16);
+  add_run_flags(app, options);
+}
+
 void add_exchange_flags(CLI::App& app, Program& program) {
   ExchangeBenchOptions& options = program.exchange;
   constexpr int64_t kLow = 4, kHigh = int64_t{1} << 28;
@@ -172,12 +180,14 @@ void add_commands(CLI::App& app, Program& program, Words& words) {
       "search", "the relaxed permutation of a search, forward and backward, beside LibTorch");
   CLI::App& swap = *app.add_subcommand(
       "swap", "a round of the search over the order of experts beside a training step, each gate");
+  CLI::App& sparse = *app.add_subcommand(
+      "sparse", "sparse weights beside dense ones: training step, mask updates, products");
   CLI::App& limits =
       *app.add_subcommand("limits", "bandwidth of a copy and speed of large matrix products");
   CLI::App& exchange = *app.add_subcommand(
       "exchange", "comm::exchange_rows beside MPI_Alltoallv, in the manner of nccl-tests");
   for (CLI::App* command :
-       {&layer, &gates, &router, &permute, &combine, &search, &swap, &limits, &exchange}) {
+       {&layer, &gates, &router, &permute, &combine, &search, &swap, &sparse, &limits, &exchange}) {
     command->get_formatter()->column_width(46);
   }
   add_layer_flags(layer, program, words);
@@ -198,6 +208,7 @@ void add_commands(CLI::App& app, Program& program, Words& words) {
   }
   add_device(search, program.device);
   add_run_flags(search, program.kernel);
+  add_sparse_flags(sparse, program);
   add_limits_flags(limits, program);
   add_exchange_flags(exchange, program);
 }
@@ -252,7 +263,7 @@ CommandLine parse_command_line(int argc, const char* const* argv) {
   Program& program = result.program;
   const int cores = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   for (int* threads : {&program.layer.threads, &program.gates.threads, &program.kernel.threads,
-                       &program.limits.threads}) {
+                       &program.sparse.threads, &program.limits.threads}) {
     *threads = cores;
   }
   Words words;

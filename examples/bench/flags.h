@@ -7,18 +7,20 @@
 #include "examples/bench/kernel_bench.h"
 #include "examples/bench/layer_bench.h"
 #include "examples/bench/limits_bench.h"
+#include "examples/bench/sparse_bench.h"
 #include "examples/bench/swap_bench.h"
 
 namespace perseid::bench {
 
 /// What the command line asks for.
 struct Program {
-  std::string
-      command;  ///< layer, gates, router, permute, combine, search, swap, limits or exchange
+  /// layer, gates, router, permute, combine, search, swap, sparse, limits or exchange
+  std::string command;
   std::string device = "cpu";
   LayerBenchOptions layer;
   GatesBenchOptions gates;    ///< of swap, too
   KernelBenchOptions kernel;  ///< of router, permute, combine and search
+  SparseBenchOptions sparse;
   LimitsBenchOptions limits;
   ExchangeBenchOptions exchange;
   comm::SessionOptions session;  ///< of exchange

@@ -39,6 +39,7 @@ void run_command(Program& program, kernels::Device device, std::ostream& out) {
   if (program.command == "layer") return run_layer_bench(program.layer, out);
   if (program.command == "gates") return run_gates_bench(program.gates, out);
   if (program.command == "swap") return run_swap_bench(program.gates, out);
+  if (program.command == "sparse") return run_sparse_bench(program.sparse, out);
   if (program.command == "limits") return run_limits_bench(program.limits, out);
   run_kernel_bench(program.kernel, out);
 }
