@@ -41,7 +41,7 @@ struct StateChange {
   /// them, and kMean is the mean over what stays there.
   int64_t first_row = 0;
   int64_t num_rows = -1;
-  at::Tensor gradient;  ///< of these rows, read at new entries under kGradient
+  at::Tensor gradient = {};  ///< of these rows, read at new entries under kGradient
 };
 
 /// What the states of an optimizer with compressed states have in common; a Sparsifier calls it.
