@@ -21,7 +21,9 @@ constexpr uint64_t splitmix64(uint64_t x) {
 }
 
 /// Key of one random stream from its coordinates, for example {seed, layer, expert, parameter}.
-/// Order matters. Never contains a rank: every rank count draws the same numbers.
+/// Order matters but for the first two, random_key(a).with(b) = random_key(b).with(a): where that
+/// could do harm a constant comes first. Never contains a rank: every rank count draws the same
+/// numbers.
 struct RandomKey {
   uint64_t value = 0;
   constexpr RandomKey with(uint64_t coordinate) const {

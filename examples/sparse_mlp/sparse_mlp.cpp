@@ -175,6 +175,10 @@ void run(const Options& options) {
   const DataSet set = fashion_mnist_set();
   const FashionMnist data = load_fashion_mnist(
       find_data_folder(set, data_places(set, options.data, comm::process_environment())));
+  require(data.train.size() >= kTrainImages && data.test.size() >= kTestImages, "sparse_mlp",
+          "images", to_text(data.train.size()) + " and " + to_text(data.test.size()),
+          "are fewer than the 2000 for training and 1000 for tests of the protocol; get the whole "
+          "set with examples/get_data.sh fashion");
   // The same images for all seeds, as in the tutorial.
   const Images train = images_of(
       data.train, random_order(data.train.size(), kTrainImages, key_of(0, Stream::kTrainSet)));

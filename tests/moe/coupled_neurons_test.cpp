@@ -19,18 +19,13 @@
 
 #include "moe/sparse_structure.h"
 #include "tests/config_error.h"
+#include "tests/moe/sparse_fixture.h"
 
 namespace perseid {
 namespace {
 
 using testing::config_error;
-
-at::Tensor normal(at::IntArrayRef sizes, uint64_t seed) {
-  const at::Tensor result = at::empty(sizes, at::kDouble);
-  kernels::fill_normal(result.data_ptr<double>(), result.numel(), kernels::DType::kFloat64,
-                       kernels::random_key(seed));
-  return result;
-}
+using testing::normal;
 
 constexpr int64_t kWidth = 12, kModel = 5, kRows = 9;
 

@@ -13,11 +13,13 @@
 #include "moe/sparse_linear.h"
 #include "moe/sparse_presets.h"
 #include "tests/config_error.h"
+#include "tests/moe/sparse_fixture.h"
 
 namespace perseid {
 namespace {
 
 using testing::config_error;
+using testing::normal;
 
 TEST(FeatureStrength, ByHand) {
   const at::Tensor weight = at::tensor({1., -2., 0., -4., 8., 0.}, at::kDouble).view({2, 3});
@@ -40,13 +42,6 @@ TEST(FeatureStrength, ByHand) {
             "[expert_input_strength] expert=0 is not one of the 2 experts here");
 }
 
-at::Tensor normal(at::IntArrayRef sizes, uint64_t seed) {
-  const at::Tensor result = at::empty(sizes);
-  kernels::fill_normal(result.data_ptr<float>(), result.numel(), kernels::DType::kFloat32,
-                       kernels::random_key(seed));
-  return result;
-}
-
 constexpr int64_t kFeatures = 500, kInformative = 20, kFactors = 3;
 
 /// Where feature i of the set stands: the informative ones are not neighbours.
@@ -54,10 +49,11 @@ int64_t place_of(int64_t i) { return i * 37 % kFeatures; }
 
 /// [n, 500] standardised: 20 features are mixtures of 3 factors, as in Madelon, the others noise.
 at::Tensor planted_set(int64_t n, uint64_t seed) {
-  at::Tensor x = normal({n, kFeatures}, seed);
-  const at::Tensor factors = normal({n, kFactors}, seed + 1);
-  const at::Tensor informative = factors.mm(normal({kFactors, kInformative}, seed + 2)) +
-                                 0.1 * normal({n, kInformative}, seed + 3);
+  at::Tensor x = normal({n, kFeatures}, seed, at::kFloat);
+  const at::Tensor factors = normal({n, kFactors}, seed + 1, at::kFloat);
+  const at::Tensor informative =
+      factors.mm(normal({kFactors, kInformative}, seed + 2, at::kFloat)) +
+      0.1 * normal({n, kInformative}, seed + 3, at::kFloat);
   for (int64_t i = 0; i < kInformative; ++i)
     x.select(1, place_of(i)).copy_(informative.select(1, i));
   return (x - x.mean(0)) / x.std(0, false);
@@ -77,7 +73,7 @@ double precision_at_20(const at::Tensor& strength) {
 double precision_of_autoencoder(uint64_t seed, bool is_static) {
   constexpr int64_t kSamples = 2000, kHidden = 100, kBatch = 100, kEpochs = 40;
   const at::Tensor clean = planted_set(kSamples, 100 * seed);
-  const at::Tensor noisy = clean + 0.2 * normal(clean.sizes(), 100 * seed + 9);
+  const at::Tensor noisy = clean + 0.2 * normal(clean.sizes(), 100 * seed + 9, at::kFloat);
   SparseLinear encoder(SparseLinearOptions(kFeatures, kHidden).seed(seed));
   SparseLinear decoder(
       SparseLinearOptions(kHidden, kFeatures).seed(seed).key({1, 0, Matrix::kWeight}));
@@ -114,7 +110,8 @@ TEST(FeatureStrength, Planted) {
       (precision_of_autoencoder(1, false) + precision_of_autoencoder(2, false)) / 2;
   const double static_mask = precision_of_autoencoder(1, true);
   double random_sum = 0;
-  for (uint64_t draw = 0; draw < 300; ++draw) random_sum += precision_at_20(normal({500}, draw));
+  for (uint64_t draw = 0; draw < 300; ++draw)
+    random_sum += precision_at_20(normal({500}, draw, at::kFloat));
   std::printf("precision at 20: SET %.3f, static mask %.3f, random %.3f\n", dynamic_mean,
               static_mask, random_sum / 300);
   EXPECT_GE(dynamic_mean, 0.9);

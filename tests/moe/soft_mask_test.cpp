@@ -31,19 +31,15 @@
 #include "moe/sparse_presets.h"
 #include "tests/config_error.h"
 #include "tests/gradcheck.h"
+#include "tests/moe/sparse_fixture.h"
 
 namespace perseid {
 namespace {
 
 using testing::config_error;
 using testing::gradients_match;
+using testing::normal;
 
-at::Tensor normal(at::IntArrayRef sizes, uint64_t seed) {
-  const at::Tensor result = at::empty(sizes, at::kDouble);
-  kernels::fill_normal(result.data_ptr<double>(), result.numel(), kernels::DType::kFloat64,
-                       kernels::random_key(seed));
-  return result;
-}
 AtomLayout layout_of(int64_t n, int64_t m, int64_t out, int64_t in) {
   return make_layout(Structure::n_of_m(n, m), out, in, "w");
 }

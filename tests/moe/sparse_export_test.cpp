@@ -20,18 +20,13 @@
 #include "moe/sparse_optimizer.h"
 #include "tests/config_error.h"
 #include "tests/gradcheck.h"
+#include "tests/moe/sparse_fixture.h"
 
 namespace perseid {
 namespace {
 
 using testing::config_error;
-
-at::Tensor normal(at::IntArrayRef sizes, uint64_t seed, at::ScalarType type = at::kDouble) {
-  const at::Tensor result = at::empty(sizes, at::kDouble);
-  kernels::fill_normal(result.data_ptr<double>(), result.numel(), kernels::DType::kFloat64,
-                       kernels::random_key(seed));
-  return result.to(type);
-}
+using testing::normal;
 
 struct Case {
   const char* name;

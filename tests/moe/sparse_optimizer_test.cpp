@@ -6,6 +6,7 @@
 //   SameTraining      100 steps with a Sparsifier that moves masks, two passes a step, clipping:
 //                     masks of the run with LibTorch's optimizer, its weights to 1e-10; inactive
 //                     weights are exactly 0
+//   Parts             W1 and W3 of an expert in one tensor, rows of no unit beside them: the same
 //   Untouched         an update leaves weights and states that stay bit for bit; new ones are 0, or
 //                     what the policy says
 //   FirstStep         of a weight grown under Adam against the closed form of each policy
@@ -30,22 +31,19 @@
 #include <sstream>
 
 #include "tests/config_error.h"
+#include "tests/moe/sparse_fixture.h"
 
 namespace perseid {
 namespace {
 
 using testing::config_error;
+using testing::normal;
+using testing::TwoWeights;
+using testing::unit_of;
 using torch::optim::AdamOptions;
 using torch::optim::AdamWOptions;
 using torch::optim::Optimizer;
 using torch::optim::SGDOptions;
-
-at::Tensor normal(at::IntArrayRef sizes, uint64_t seed, at::ScalarType type = at::kDouble) {
-  const at::Tensor result = at::empty(sizes, at::kDouble);
-  kernels::fill_normal(result.data_ptr<double>(), result.numel(), kernels::DType::kFloat64,
-                       kernels::random_key(seed));
-  return result.to(type);
-}
 
 /// Every place with this probability.
 PackedMask random_places(int64_t rows, int64_t cols, double density, uint64_t seed) {
@@ -182,27 +180,6 @@ TEST(SparseOptimizer, SameAsLibTorch) {
 }
 
 // ---- with a Sparsifier --------------------------------------------------------------------------
-SparseUnit unit_of(const at::Tensor& parameter, int64_t layer) {
-  SparseUnit unit;
-  unit.name = "layer" + std::to_string(layer);
-  unit.key = {layer, 0, Matrix::kWeight};
-  unit.parameter = parameter;
-  return unit;
-}
-
-/// tanh(x W0^T) W1^T against fixed targets.
-struct Model {
-  at::Tensor w0 = normal({11, 7}, 1).requires_grad_(true);
-  at::Tensor w1 = normal({5, 11}, 2).requires_grad_(true);
-  std::vector<SparseUnit> units() const { return {unit_of(w0, 0), unit_of(w1, 1)}; }
-  std::vector<at::Tensor> parameters() const { return {w0, w1}; }
-  void backward(int64_t step) const {
-    const at::Tensor x = normal({6, 7}, 100 + static_cast<uint64_t>(step));
-    const at::Tensor y = normal({6, 5}, 999);
-    (x.mm(w0.t()).tanh().mm(w1.t()) - y).square().sum().backward();
-  }
-};
-
 SparsifierConfig config_of(double density, GrowCriterion grow, UpdateOrder order, int64_t every) {
   SparsifierConfig config;
   config.budget.distribution = Distribution::kUniform;
@@ -219,7 +196,8 @@ at::Tensor mask_of(const Sparsifier& sparsifier, size_t u) {
   return position_mask(sparsifier.layout(key), sparsifier.mask(key));
 }
 
-void train_step(const Model& model, Sparsifier& sparsifier, Optimizer& optimizer, int64_t step) {
+void train_step(const TwoWeights& model, Sparsifier& sparsifier, Optimizer& optimizer,
+                int64_t step) {
   sparsifier.begin_step(step);
   optimizer.zero_grad();
   for (int64_t pass = 0; pass < 2; ++pass) model.backward(2 * step + pass);
@@ -236,7 +214,7 @@ TEST(SparseOptimizer, SameTraining) {
       for (const GrownSecondMoment policy :
            {GrownSecondMoment::kZero, GrownSecondMoment::kMean, GrownSecondMoment::kGradient}) {
         if (name[0] != 'a' && policy != GrownSecondMoment::kZero) continue;  // SGD has none
-        Model sparse, dense;
+        TwoWeights sparse, dense;
         SparsifierConfig config = config_of(0.3, GrowCriterion::kGrad, order, 5);
         config.state.weight = GrownWeight::kNormal;
         config.state.second_moment = policy;
@@ -264,11 +242,76 @@ TEST(SparseOptimizer, SameTraining) {
   }
 }
 
+/// Rows 0-4 and 5-8 of each of two weights [11, 7] are units of their own, the last two are dense.
+std::vector<SparseUnit> parts_of(const at::Tensor& stacked) {
+  std::vector<SparseUnit> units;
+  for (int64_t slot = 0; slot < 2; ++slot) {
+    for (const Matrix matrix : {Matrix::kW1, Matrix::kW3}) {
+      const bool is_first = matrix == Matrix::kW1;
+      SparseUnit unit;
+      unit.key = {0, slot, matrix};
+      unit.name = to_string(unit.key);
+      unit.parameter = stacked;
+      unit.slot = slot;
+      unit.first_out = is_first ? 0 : 5;
+      unit.num_out = is_first ? 5 : 4;
+      units.push_back(unit);
+    }
+  }
+  return units;
+}
+
+TEST(SparseOptimizer, Parts) {
+  for (const auto& [name, make] : optimizers()) {
+    for (const GrownSecondMoment policy :
+         {GrownSecondMoment::kMean, GrownSecondMoment::kGradient}) {
+      const auto start = [] { return normal({2, 11, 7}, 1).requires_grad_(true); };
+      const at::Tensor sparse = start(), dense = start();
+      SparsifierConfig config = config_of(0.4, GrowCriterion::kGrad, UpdateOrder::kBeforeStep, 4);
+      config.state.weight = GrownWeight::kNormal;
+      config.state.second_moment = policy;
+      config.schedule.stagger = true;
+      Sparsifier mine(parts_of(sparse), config), theirs(parts_of(dense), config);
+      const Made compressed = make({sparse}, true), plain = make({dense}, false);
+      mine.attach(*compressed.optimizer);
+      theirs.attach(*plain.optimizer);
+      const auto step_once = [](const at::Tensor& weight, Sparsifier& sparsifier,
+                                Optimizer& optimizer, int64_t step) {
+        sparsifier.begin_step(step);
+        optimizer.zero_grad();
+        const at::Tensor x = normal({2, 6, 7}, 100 + static_cast<uint64_t>(step));
+        const at::Tensor y = normal({2, 6, 11}, 999);
+        (x.bmm(weight.transpose(1, 2)) - y).square().sum().backward();
+        sparsifier.end_backward(step);
+        optimizer.step();
+        sparsifier.end_step(step);
+      };
+      for (int64_t step = 0; step < 60; ++step) {
+        step_once(sparse, mine, *compressed.optimizer, step);
+        step_once(dense, theirs, *plain.optimizer, step);
+        for (size_t u = 0; u < 4; ++u) {
+          ASSERT_TRUE(at::equal(mask_of(mine, u), mask_of(theirs, u))) << name << " step " << step;
+        }
+        ASSERT_LE(relative_error(sparse.detach(), dense), 1e-10) << name << " step " << step;
+      }
+      EXPECT_GT(mine.stats({0, 1, Matrix::kW3}).ever_active, 0.5);
+      for (int64_t slot = 0; slot < 2; ++slot) {
+        const ActiveStates& states = compressed.states->active_states(sparse, slot);
+        const at::Tensor positions = bools(states.positions).view({11, 7});
+        EXPECT_TRUE(positions.narrow(0, 9, 2).all().item<bool>());
+        const auto u = static_cast<size_t>(2 * slot);
+        EXPECT_TRUE(at::equal(positions.narrow(0, 0, 5), mask_of(mine, u)));
+        EXPECT_TRUE(at::equal(positions.narrow(0, 5, 4), mask_of(mine, u + 1)));
+      }
+    }
+  }
+}
+
 TEST(SparseOptimizer, Untouched) {
   for (const auto& [name, make] : optimizers()) {
     for (const GrownSecondMoment policy : {GrownSecondMoment::kZero, GrownSecondMoment::kMean,
                                            GrownSecondMoment::kAge, GrownSecondMoment::kGradient}) {
-      Model model;
+      TwoWeights model;
       SparsifierConfig config = config_of(0.4, GrowCriterion::kGrad, UpdateOrder::kBeforeStep, 100);
       config.schedule.begin = 6;
       config.state.second_moment = policy;
@@ -328,7 +371,7 @@ TEST(SparseOptimizer, FirstStep) {
   constexpr double kRate = 0.01, kBeta1 = 0.9, kBeta2 = 0.999;
   for (const GrownSecondMoment policy : {GrownSecondMoment::kZero, GrownSecondMoment::kMean,
                                          GrownSecondMoment::kAge, GrownSecondMoment::kGradient}) {
-    Model model;
+    TwoWeights model;
     SparsifierConfig config = config_of(0.4, GrowCriterion::kGrad, UpdateOrder::kBeforeStep, 20000);
     config.schedule.begin = 19000;
     config.schedule.end = 19001;
@@ -477,7 +520,7 @@ TEST(SparseOptimizer, Resume) {
     for (const GrownSecondMoment policy : {GrownSecondMoment::kMean, GrownSecondMoment::kAge}) {
       SparsifierConfig config = config_of(0.3, GrowCriterion::kGrad, UpdateOrder::kBeforeStep, 5);
       config.state.second_moment = policy;
-      Model whole;
+      TwoWeights whole;
       Sparsifier sparsifier(whole.units(), config);
       const Made made = make(whole.parameters(), true);
       sparsifier.attach(*made.optimizer);
@@ -496,7 +539,7 @@ TEST(SparseOptimizer, Resume) {
         }
         train_step(whole, sparsifier, *made.optimizer, step);
       }
-      Model resumed;
+      TwoWeights resumed;
       config.seed = 0;
       Sparsifier again(resumed.units(), config);
       const Made other = make(resumed.parameters(), true);

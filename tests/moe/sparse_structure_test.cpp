@@ -44,6 +44,35 @@ TEST(SparseMask, Mask) {
             "[packed_mask] cols=22 differs from cols=23 of the first mask");
 }
 
+/// Rows at any place of a word, of masks that are longer and shorter than one.
+TEST(SparseMask, SetRows) {
+  for (const int64_t cols : {1, 7, 64, 100}) {
+    for (const int64_t first : {0, 1, 5}) {
+      for (const bool is_full : {false, true}) {
+        PackedMask whole = is_full ? PackedMask::full(9, cols) : PackedMask(9, cols);
+        PackedMask part(3, cols);
+        for (int64_t place = 0; place < part.num_places(); ++place) {
+          part.set(place, place % 3 == 0 || place % 5 == 1);
+        }
+        whole.set_rows(first, part);
+        for (int64_t row = 0; row < 9; ++row) {
+          for (int64_t col = 0; col < cols; ++col) {
+            const bool is_inside = row >= first && row < first + 3;
+            EXPECT_EQ(whole.test(row, col), is_inside ? part.test(row - first, col) : is_full)
+                << cols << " " << first << " " << row << " " << col;
+          }
+        }
+        EXPECT_EQ(whole.count(), part.count() + (is_full ? 6 * cols : 0));
+      }
+    }
+  }
+  PackedMask whole(4, 6);
+  EXPECT_EQ(config_error([&] { whole.set_rows(2, PackedMask(3, 6)); }),
+            "[packed_mask] first=2 with rows=3 is outside rows=4");
+  EXPECT_EQ(config_error([&] { whole.set_rows(0, PackedMask(3, 5)); }),
+            "[packed_mask] cols=5 of the rows differs from cols=6");
+}
+
 TEST(SparseStructure, CellsKeepTheirNumber) {
   struct Case {
     Structure structure;

@@ -35,40 +35,16 @@
 
 #include "moe/sparse_presets.h"
 #include "tests/config_error.h"
+#include "tests/moe/sparse_fixture.h"
 
 namespace perseid {
 namespace {
 
 using testing::config_error;
+using testing::normal;
+using testing::TwoWeights;
+using testing::unit_of;
 using torch::optim::Optimizer;
-
-at::Tensor normal(at::IntArrayRef sizes, uint64_t seed) {
-  const at::Tensor result = at::empty(sizes, at::kDouble);
-  kernels::fill_normal(result.data_ptr<double>(), result.numel(), kernels::DType::kFloat64,
-                       kernels::random_key(seed));
-  return result;
-}
-
-SparseUnit unit_of(const at::Tensor& parameter, int64_t layer) {
-  SparseUnit unit;
-  unit.name = "layer" + std::to_string(layer);
-  unit.key = {layer, 0, Matrix::kWeight};
-  unit.parameter = parameter;
-  return unit;
-}
-
-/// tanh(x W0^T) W1^T against fixed targets.
-struct Model {
-  at::Tensor w0 = normal({11, 7}, 1).requires_grad_(true);
-  at::Tensor w1 = normal({5, 11}, 2).requires_grad_(true);
-  std::vector<SparseUnit> units() const { return {unit_of(w0, 0), unit_of(w1, 1)}; }
-  std::vector<at::Tensor> parameters() const { return {w0, w1}; }
-  void backward(int64_t step) const {
-    const at::Tensor x = normal({6, 7}, 100 + static_cast<uint64_t>(step));
-    const at::Tensor y = normal({6, 5}, 999);
-    (x.mm(w0.t()).tanh().mm(w1.t()) - y).square().sum().backward();
-  }
-};
 
 using MakeOptimizer = std::function<std::unique_ptr<Optimizer>(std::vector<at::Tensor>)>;
 struct NamedOptimizer {
@@ -119,7 +95,8 @@ void expect_zero_outside(const Sparsifier& sparsifier) {
   }
 }
 
-void train_step(const Model& model, Sparsifier& sparsifier, Optimizer& optimizer, int64_t step) {
+void train_step(const TwoWeights& model, Sparsifier& sparsifier, Optimizer& optimizer,
+                int64_t step) {
   sparsifier.begin_step(step);
   optimizer.zero_grad();
   model.backward(step);
@@ -149,7 +126,7 @@ std::vector<at::Tensor> copies(const std::vector<at::Tensor>& tensors) {
 TEST(Sparsifier, NoCost) {
   for (const auto& [name, make] : optimizers()) {
     for (const double density : {1.0, 0.4}) {
-      Model sparse, plain;
+      TwoWeights sparse, plain;
       SparsifierConfig config =
           config_of(density, GrowCriterion::kGrad, UpdateOrder::kBeforeStep, 3);
       if (density < 1) config.schedule.end = 0;
@@ -183,7 +160,7 @@ TEST(Sparsifier, InactiveStayZero) {
          {GrowCriterion::kRandom, GrowCriterion::kGrad, GrowCriterion::kUnfired}) {
       for (const UpdateOrder order :
            {UpdateOrder::kBeforeStep, UpdateOrder::kInsteadOfStep, UpdateOrder::kAfterStep}) {
-        Model model;
+        TwoWeights model;
         SparsifierConfig config = config_of(0.3, grow, order, 5);
         config.state.weight = GrownWeight::kNormal;
         config.grad_accum = 2;
@@ -235,7 +212,7 @@ TEST(Sparsifier, InactiveStayZero) {
 TEST(Sparsifier, Untouched) {
   for (const auto& [name, make] : optimizers()) {
     for (const GrownSecondMoment policy : {GrownSecondMoment::kZero, GrownSecondMoment::kMean}) {
-      Model model;
+      TwoWeights model;
       SparsifierConfig config = config_of(0.4, GrowCriterion::kGrad, UpdateOrder::kBeforeStep, 100);
       config.schedule.begin = 6;
       config.state.second_moment = policy;
@@ -282,7 +259,7 @@ TEST(Sparsifier, FirstStep) {
   // 3.1623 lr under kZero, (1 - beta1) r / sqrt(beta2 + (1 - beta2) r^2) lr under kMean.
   constexpr double kRate = 0.01, kBeta1 = 0.9, kBeta2 = 0.999;
   for (const GrownSecondMoment policy : {GrownSecondMoment::kZero, GrownSecondMoment::kMean}) {
-    Model model;
+    TwoWeights model;
     SparsifierConfig config = config_of(0.4, GrowCriterion::kGrad, UpdateOrder::kBeforeStep, 100);
     config.schedule.begin = 6;
     config.state.second_moment = policy;
@@ -311,7 +288,7 @@ TEST(Sparsifier, FirstStep) {
 }
 
 TEST(Sparsifier, SetSignedDrops) {
-  Model model;
+  TwoWeights model;
   SparsifierConfig config = presets::set(3, 4, 3);
   Sparsifier sparsifier(model.units(), config);
   torch::optim::SGD optimizer(model.parameters(), torch::optim::SGDOptions(0.01).momentum(0.9));
@@ -341,7 +318,7 @@ TEST(Sparsifier, SetSignedDrops) {
 }
 
 TEST(Sparsifier, InsteadOfStep) {
-  Model model;
+  TwoWeights model;
   SparsifierConfig config = presets::rigl(0.4, 100, 5);
   Sparsifier sparsifier(model.units(), config);
   torch::optim::Adam optimizer(model.parameters(), torch::optim::AdamOptions(0.01));
@@ -520,11 +497,11 @@ TEST(Sparsifier, Resume) {
     SparsifierConfig config = config_of(0.4, GrowCriterion::kGrad, UpdateOrder::kBeforeStep);
     config.grad_accum = 3;
     config.rule.random_share = 0.3;
-    Model model;
+    TwoWeights model;
     Sparsifier sparsifier(model.units(), config);
     torch::optim::AdamW optimizer(model.parameters(), torch::optim::AdamWOptions(0.01));
     sparsifier.attach(optimizer);
-    Model other;
+    TwoWeights other;
     Sparsifier resumed(other.units(), config);
     torch::optim::AdamW other_optimizer(other.parameters(), torch::optim::AdamWOptions(0.01));
     resumed.attach(other_optimizer);
@@ -557,7 +534,7 @@ TEST(Sparsifier, Resume) {
 }
 
 TEST(Sparsifier, LoadRefused) {
-  Model model;
+  TwoWeights model;
   const SparsifierConfig config = config_of(0.4, GrowCriterion::kGrad, UpdateOrder::kBeforeStep);
   Sparsifier sparsifier(model.units(), config);
   const SparsifierState good = sparsifier.state_dict();
@@ -591,7 +568,7 @@ TEST(Sparsifier, LoadRefused) {
 }
 
 TEST(Sparsifier, Diverged) {
-  Model model;
+  TwoWeights model;
   Sparsifier sparsifier(model.units(),
                         config_of(0.4, GrowCriterion::kGrad, UpdateOrder::kBeforeStep, 1));
   sparsifier.begin_step(7);
@@ -631,7 +608,7 @@ TEST(Sparsifier, ResetWeights) {
 }
 
 TEST(Sparsifier, Refused) {
-  Model model;
+  TwoWeights model;
   const SparsifierConfig config = config_of(0.4, GrowCriterion::kGrad, UpdateOrder::kBeforeStep);
   const auto text = [&](const std::function<void(SparsifierConfig&)>& spoil) {
     SparsifierConfig bad = config;
