@@ -11,10 +11,10 @@
 #include <mutex>
 #include <vector>
 
+#include "kernels/atom_key.h"
 #include "kernels/checks.h"
 #include "kernels/cuda_launchers.h"
 #include "kernels/mask_bits.h"
-#include "kernels/ordered_key.h"
 #include "kernels/parallel.h"
 
 namespace perseid::kernels {
@@ -56,14 +56,7 @@ struct Keys {
   RandomKey key;
 
   PERSEID_INLINE uint64_t operator()(int64_t atom) const {
-    const uint64_t tie = tie_bits(key, static_cast<uint32_t>(atom));
-    if (scores == nullptr) return tie;
-    const float score = scores[atom];
-    // Keys of numbers are above 0 in both orders, so NaN comes last.
-    if (score != score) return tie;
-    const uint32_t ascending = unsigned_key(score);
-    const uint32_t bits = order == AtomOrder::kLargest ? ascending : ~ascending;
-    return (uint64_t{bits} << 32) | tie;
+    return atom_key(order, scores, key, atom, static_cast<uint32_t>(atom));
   }
 };
 

@@ -40,18 +40,28 @@ Experts::Experts(std::string name, std::vector<int64_t> expert_ids, int64_t d_in
 
 std::vector<SparseUnit> Experts::matrices() const { return {}; }
 
+std::vector<std::string> Experts::matrix_names() const {
+  std::vector<std::string> names;
+  for (const SparseUnit& unit : matrices()) {
+    if (unit.key.expert == expert_ids_.front()) names.push_back(unit.name);
+  }
+  return names;
+}
+
 std::vector<SparseUnit> Experts::sparse_units(int64_t layer, const std::string& pattern) const {
   std::vector<SparseUnit> units = matrices();
-  // A rank without experts has none, which is no mistake.
-  require(!units.empty() || expert_ids_.empty(), name().c_str(), "sparse_units", "none",
+  const std::vector<std::string> names = matrix_names();
+  // A rank without experts has no units, and need not know any names.
+  require(!names.empty() || expert_ids_.empty(), name().c_str(), "sparse_units", "none",
           "of these experts' parameters can be sparse; override Experts::matrices");
-  std::string names;
-  for (const SparseUnit& unit : units) {
-    if (unit.key.expert == expert_ids_.front()) names += (names.empty() ? "" : ", ") + unit.name;
-  }
+  const bool fits = std::any_of(names.begin(), names.end(), [&](const std::string& matrix) {
+    return fits_pattern(pattern, matrix);
+  });
+  std::string list;
+  for (const std::string& matrix : names) list += (list.empty() ? "" : ", ") + matrix;
+  require(fits || names.empty(), name().c_str(), "pattern", pattern,
+          "fits none of " + list + "; correct it");
   std::erase_if(units, [&](const SparseUnit& unit) { return !fits_pattern(pattern, unit.name); });
-  require(!units.empty() || expert_ids_.empty(), name().c_str(), "pattern", pattern,
-          "fits none of " + names + "; correct it");
   for (SparseUnit& unit : units) {
     const int64_t id = unit.key.expert;
     const auto slot = std::find(expert_ids_.begin(), expert_ids_.end(), id) - expert_ids_.begin();

@@ -41,8 +41,8 @@ class Experts : public torch::nn::Module {
   /// The matrices that a Sparsifier can keep sparse (include moe/sparsifier.h), with the names
   /// "layer<layer>.expert<id>.<matrix>", "layer<layer>.shared<id>.<matrix>" if replicated(). Their
   /// gradients are those of the parameters, and rows are counted. Throws ConfigError for experts
-  /// without such matrices and for a pattern that no matrix of theirs fits; a rank without experts
-  /// has none and cannot tell.
+  /// without such matrices and for a pattern that no matrix of theirs fits, on every rank: one
+  /// without experts knows their names (matrix_names).
   /// @param layer    tells the layers of a model apart
   /// @param pattern  of the names of matrices, * stands for any text
   std::vector<SparseUnit> sparse_units(int64_t layer, const std::string& pattern = "*") const;
@@ -61,6 +61,10 @@ class Experts : public torch::nn::Module {
   /// the global id, key.matrix and the place in its parameter are set. By default none. Experts
   /// that have any must call row_counts()->add(plan->local) once in each backward.
   virtual std::vector<SparseUnit> matrices() const;
+  /// Names of the matrices of one expert, from what every rank knows, so that a rank without
+  /// experts refuses a pattern as the others do. By default those of the first expert here; without
+  /// one there are none, and every pattern is taken.
+  virtual std::vector<std::string> matrix_names() const;
   const std::shared_ptr<RowCounts>& row_counts() const { return row_counts_; }
 
  private:

@@ -316,6 +316,11 @@ void GroupedMLP::require_parameters() const {
   }
 }
 
+std::vector<std::string> GroupedMLP::matrix_names() const {
+  if (options_.gated()) return {"w1", "w3", "w2"};
+  return {"w1", "w2"};
+}
+
 std::vector<SparseUnit> GroupedMLP::matrices() const {
   std::vector<SparseUnit> units;
   const int64_t F = options_.d_ff();
@@ -357,6 +362,8 @@ at::Tensor GroupedLinear::forward(const at::Tensor& rows, const at::Tensor& weig
   return autocast.back(LinearFunction::apply(autocast.cast(rows), weights, autocast.cast(weight),
                                              or_missing(autocast.cast(bias)), plan, row_counts()));
 }
+
+std::vector<std::string> GroupedLinear::matrix_names() const { return {"w1"}; }
 
 std::vector<SparseUnit> GroupedLinear::matrices() const {
   std::vector<SparseUnit> units;

@@ -48,6 +48,7 @@ class GroupedMLP : public Experts {
  protected:
   /// "w1" (gate, or up of plain experts), "w3" (up of gated ones), "w2" (down)
   std::vector<SparseUnit> matrices() const override;
+  std::vector<std::string> matrix_names() const override;
 
  private:
   void require_parameters() const;
@@ -76,6 +77,7 @@ class GroupedLinear : public Experts {
 
  protected:
   std::vector<SparseUnit> matrices() const override;  ///< "w1"
+  std::vector<std::string> matrix_names() const override;
 
  private:
   GroupedLinearOptions options_;

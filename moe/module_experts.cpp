@@ -200,6 +200,11 @@ ModuleExperts::ModuleExperts(const ModuleExpertsOptions& options, const ExpertFa
             "for expert " + to_text(expert) + "; return a module with forward(rows)");
     register_module("expert_" + to_text(expert), modules_.back().ptr());
   }
+  if (!modules_.empty()) return;
+  generator.seed(key.with(0).value);
+  const torch::nn::AnyModule sample = factory(0);
+  if (sample.is_empty()) return;
+  for (const SparseUnit& unit : module_matrices(*sample.ptr())) matrix_names_.push_back(unit.name);
 }
 
 at::Tensor ModuleExperts::forward(const at::Tensor& rows, const at::Tensor& weights,
@@ -243,6 +248,10 @@ at::Tensor ModuleExperts::forward(const at::Tensor& rows, const at::Tensor& weig
   return CombineOutputs::apply(sorted, weights, rows, at::TensorList(idle_parameters), place_of,
                                if_defined(local.row_offsets), local.fixed,
                                c10::make_intrusive<CountedPlan>(plan, row_counts()));
+}
+
+std::vector<std::string> ModuleExperts::matrix_names() const {
+  return modules_.empty() ? matrix_names_ : Experts::matrix_names();
 }
 
 std::vector<SparseUnit> ModuleExperts::matrices() const {

@@ -5,15 +5,17 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "moe/experts.h"
 
 namespace perseid {
 
-/// Makes the module of one expert. Called for the experts of this rank only, with LibTorch's
-/// default generator seeded from (seed, layer, expert id): the usual initialisers then give every
-/// rank count the same weights. The generator's state is restored afterwards.
+/// Makes the module of one expert. Called for the experts of this rank, with LibTorch's default
+/// generator seeded from (seed, layer, expert id): the usual initialisers then give every rank
+/// count the same weights. The generator's state is restored afterwards. On a rank without experts
+/// it is called once, for expert 0, whose module only tells the names of its matrices.
 using ExpertFactory = std::function<torch::nn::AnyModule(int64_t expert_id)>;
 
 struct ModuleExpertsOptions {
@@ -37,9 +39,11 @@ class ModuleExperts : public Experts {
  protected:
   /// The 2-D weights of each module, see sparse_units of moe/sparsifier.h, by their names in it.
   std::vector<SparseUnit> matrices() const override;
+  std::vector<std::string> matrix_names() const override;  ///< all modules should have the same
 
  private:
   std::vector<torch::nn::AnyModule> modules_;
+  std::vector<std::string> matrix_names_;  ///< of expert 0, on a rank without experts
 };
 
 }  // namespace perseid

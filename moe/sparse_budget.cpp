@@ -40,6 +40,9 @@ double weight_of(const Budget& budget, const BudgetUnit& unit) {
       return edges_of(unit);
     case Distribution::kErk:
       return size * std::pow(edges_of(unit) / size, budget.power);
+    case Distribution::kLoad:
+      // Not 0: if all others are full, those without rows share the rest by size.
+      return size * std::max(1e-12, std::pow(unit.load, budget.load_power));
     default:
       return size;
   }
@@ -52,6 +55,10 @@ void check(const Budget& budget, const std::vector<BudgetUnit>& units) {
     require(std::isfinite(budget.epsilon) && budget.epsilon > 0, kSparseBudget, "epsilon",
             budget.epsilon, "is not a finite number above 0");
   }
+  require(budget.load_power >= 0 && budget.load_power <= 1, kSparseBudget, "load_power",
+          budget.load_power, "is outside [0, 1]");
+  require(budget.realloc_every >= 1, kSparseBudget, "realloc_every", budget.realloc_every,
+          "is below 1");
   for (const BudgetUnit& unit : units) {
     const auto fail = [&](const char* argument, int64_t value, const std::string& limit) {
       throw ConfigError(ErrorDetail{kSparseBudget, std::string(argument) + " of " + unit.name,
@@ -65,6 +72,10 @@ void check(const Budget& budget, const std::vector<BudgetUnit>& units) {
       fail("granule", unit.granule, "exceeds size=" + to_text(size) + "; choose smaller atoms");
     }
     if (unit.ceiling > size) fail("ceiling", unit.ceiling, "exceeds size=" + to_text(size));
+    if (!std::isfinite(unit.load) || unit.load < 0) {
+      throw ConfigError(ErrorDetail{kSparseBudget, "load of " + unit.name, to_text(unit.load),
+                                    "is not a finite number of 0 or more"});
+    }
   }
 }
 
@@ -191,6 +202,21 @@ bool fits_pattern(const std::string& pattern, const std::string& text) {
   return matches(pattern.c_str(), text.c_str());
 }
 
+int64_t number_of_weights(const Density& density, const std::vector<BudgetUnit>& units) {
+  if (units.empty()) return 0;
+  int64_t sum_sizes = 0;
+  bool are_equal = true;
+  for (const BudgetUnit& unit : units) {
+    sum_sizes += unit.out * unit.in;
+    are_equal = are_equal && unit.granule == units.front().granule;
+  }
+  const int64_t granule = are_equal ? units.front().granule : 1;
+  return static_cast<int64_t>((Wide{2} * density.numerator() * sum_sizes +
+                               Wide{1} * density.denominator() * granule) /
+                              (Wide{2} * density.denominator() * granule)) *
+         granule;
+}
+
 Allocation allocate(const Budget& budget, const std::vector<BudgetUnit>& units) {
   check(budget, units);
   Allocation result;
@@ -208,9 +234,7 @@ Allocation allocate(const Budget& budget, const std::vector<BudgetUnit>& units) 
     return result;
   }
 
-  // The total is a multiple of the granules if they are equal.
   int64_t sum_sizes = 0, lowest = 0, highest = 0;
-  bool are_equal = true;
   std::vector<Share> shares;
   for (const BudgetUnit& unit : units) {
     Share share = bounds_of(unit);
@@ -218,17 +242,11 @@ Allocation allocate(const Budget& budget, const std::vector<BudgetUnit>& units) 
     sum_sizes += unit.out * unit.in;
     lowest += share.lowest * unit.granule;
     highest += share.highest * unit.granule;
-    are_equal = are_equal && unit.granule == units.front().granule;
     shares.push_back(share);
   }
   if (units.empty()) return result;
   const int64_t wanted = budget.density.of(sum_sizes);
-  const int64_t unit_granule = are_equal ? units.front().granule : 1;
-  const int64_t total =
-      static_cast<int64_t>((Wide{2} * budget.density.numerator() * sum_sizes +
-                            Wide{1} * budget.density.denominator() * unit_granule) /
-                           (Wide{2} * budget.density.denominator() * unit_granule)) *
-      unit_granule;
+  const int64_t total = number_of_weights(budget.density, units);
   require(total >= lowest, kSparseBudget, "density", budget.density.value(),
           "allows " + to_text(wanted) + " of " + to_text(sum_sizes) +
               " weights, but the floors need " + to_text(lowest) +

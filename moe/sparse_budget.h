@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,10 @@ enum class Distribution : uint8_t {
   kEpsilon,  ///< size * (1 - exp(-epsilon (out + in) / size)) each: what SET's code draws on
              ///< average
   kCustom,   ///< density by name
+  /// As kUniform at first; then updates move weights between units, as their scores say: one
+  /// selection over all.
+  kGlobal,
+  kLoad,  ///< to size * (rows of the unit / mean rows)^load_power; as kUniform at first
 };
 
 struct CustomDensity {
@@ -52,6 +57,11 @@ struct Budget {
   double power = 1;    ///< kErk
   double epsilon = 0;  ///< kEpsilon, > 0
   std::vector<CustomDensity> custom;  ///< the first pattern that fits a name counts
+  double load_power = 0;              ///< kLoad, in [0, 1]
+  int64_t realloc_every = 1;          ///< kLoad: updates from one sharing to the next
+  /// Least and largest density of each unit. N:M has its own.
+  std::optional<Density> floor;  ///< none: one atom for each row of atoms
+  Density ceiling;
 };
 
 struct BudgetUnit {
@@ -61,6 +71,7 @@ struct BudgetUnit {
   int64_t granule = 1;   ///< the number is a multiple of it
   int64_t floor = 0;     ///< least number
   int64_t ceiling = -1;  ///< largest number; -1: out * in
+  double load = 1;       ///< kLoad: its rows / mean rows of all
 };
 
 struct Allocation {
@@ -77,5 +88,9 @@ struct Allocation {
 /// Throws ConfigError that names unit and numbers if no allocation keeps all floors and ceilings.
 /// @param units  in the order of their keys, which then settles ties alike on all ranks
 Allocation allocate(const Budget& budget, const std::vector<BudgetUnit>& units);
+
+/// What allocate shares out: density * sum of sizes, rounded to a multiple of the granules if all
+/// are equal.
+int64_t number_of_weights(const Density& density, const std::vector<BudgetUnit>& units);
 
 }  // namespace perseid

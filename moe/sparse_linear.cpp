@@ -33,7 +33,7 @@ constexpr double kSparseDensity = 0.1;
 
 bool is_sparse(const UnitLink& link, const at::Tensor& x, const at::Tensor& weight) {
   const bool has_kernel = weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kDouble;
-  return link.inactive.defined() && link.density <= kSparseDensity && has_kernel &&
+  return link.active.num_places() > 0 && link.density <= kSparseDensity && has_kernel &&
          weight.is_cpu() && x.scalar_type() == weight.scalar_type();
 }
 
@@ -67,7 +67,7 @@ struct SparseProduct : torch::autograd::Function<SparseProduct> {
     if (!is_sparse(link, x, weight)) {
       if (needs_x) grad_x = delta.mm(weight);
       if (needs_weight) grad_weight = delta.t().mm(x);
-      if (needs_weight && link.inactive.defined()) {
+      if (needs_weight && link.active.num_places() > 0) {
         zero_inactive(link.active, link.inactive, grad_weight);
       }
       return {grad_x, grad_weight, at::Tensor()};

@@ -64,10 +64,57 @@ SparsifierConfig rigl(const Density& density, int64_t total_steps, int64_t every
   return config;
 }
 
+SparsifierConfig gmp(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config;
+  config.budget.distribution = Distribution::kGlobal;
+  config.budget.density = density;
+  config.rule.grow = GrowCriterion::kNone;
+  config.schedule.total_steps = total_steps;
+  config.schedule.every = every;
+  config.schedule.density_ramp.emplace();
+  config.order = UpdateOrder::kAfterStep;
+  return config;
+}
+
+SparsifierConfig granet(const Density& density, int64_t total_steps, int64_t every,
+                        const Density& initial) {
+  SparsifierConfig config = gmp(density, total_steps, every);
+  config.rule.grow = GrowCriterion::kGrad;
+  config.schedule.alpha = 0.5;
+  config.schedule.density_ramp->initial = initial;
+  return config;
+}
+
+SparsifierConfig mest(const Density& density, int64_t total_steps, int64_t every, double mutation,
+                      bool grow_first) {
+  SparsifierConfig config;
+  config.budget.distribution = Distribution::kUniform;
+  config.budget.density = density;
+  config.rule.drop = DropCriterion::kMagnitude;  // MEST: becomes kMest, |w| + lambda |g|
+  config.schedule.total_steps = total_steps;
+  config.schedule.every = every;
+  config.schedule.alpha = mutation;
+  config.schedule.anneal = Anneal::kStages;
+  config.schedule.stages = {{0, 1}, {1.0 / 3, 0.5}, {2.0 / 3, 0.25}};
+  config.schedule.grow_first = grow_first;
+  return config;
+}
+
 SparsifierConfig nm_dst(int64_t n, int64_t m, int64_t total_steps, int64_t every) {
   const SparsifierConfig cells = n_of_m(n, m);  // checks n and m first
   SparsifierConfig config = rigl(cells.budget.density, total_steps, every);
   config.structure = cells.structure;
+  return config;
+}
+
+SparsifierConfig nm_ramp(int64_t n, int64_t m, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = nm_dst(n, m, total_steps, every);
+  const std::vector<NmFrame> frames = stepwise_frames(n, m);
+  config.schedule.nm_ramp.emplace();
+  for (size_t i = 0; i < frames.size(); ++i) {
+    const double from = static_cast<double>(i) / static_cast<double>(frames.size());
+    config.schedule.nm_ramp->frames.push_back({from, frames[i].n, frames[i].m});
+  }
   return config;
 }
 

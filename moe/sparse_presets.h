@@ -22,10 +22,32 @@ SparsifierConfig set(double epsilon, int64_t steps_per_epoch, int64_t num_epochs
 /// Batches below about 400 samples want grad_accum above 1, and every * batch above 10^4.
 SparsifierConfig rigl(const Density& density, int64_t total_steps, int64_t every = 100);
 
-// N of M neighbours along `in`. All but the first keep dense parameters while they train.
+/// Gradual magnitude pruning (Zhu and Gupta 2017): from dense to sparse by a cubic ramp over the
+/// first three quarters of all steps; at each update the smallest weights of all units go and none
+/// come.
+SparsifierConfig gmp(const Density& density, int64_t total_steps, int64_t every = 100);
+
+/// GraNet (Liu et al. 2021): the same ramp, from `initial`, and after what it takes half of the
+/// weights move to where the gradient is largest, less and less of them by a cosine; after the
+/// optimizer step.
+SparsifierConfig granet(const Density& density, int64_t total_steps, int64_t every = 100,
+                        const Density& initial = Density());
+
+/// MEST (Yuan et al. 2021): uniform; each update prunes the share `mutation` of the weights of each
+/// unit and grows as many anywhere. The share halves after one and two thirds of the updates
+/// (elastic mutation). With grow_first (its soft memory bound) an update grows that share beyond
+/// the density, and the next one prunes what has proven smallest.
+SparsifierConfig mest(const Density& density, int64_t total_steps, int64_t every = 100,
+                      double mutation = 0.1, bool grow_first = false);
+
+// N of M neighbours along `in`. All but the first two keep dense parameters while they train.
 
 /// RigL where each group of M keeps N.
 SparsifierConfig nm_dst(int64_t n, int64_t m, int64_t total_steps, int64_t every = 100);
+
+/// The same with an N that falls: M - 1, M/2, M/4, ..., N, in equal parts of the updates. M/N is a
+/// power of 2.
+SparsifierConfig nm_ramp(int64_t n, int64_t m, int64_t total_steps, int64_t every = 100);
 
 /// SR-STE (Zhou et al. 2021): the N largest count, all get the gradient, the others decay.
 SparsifierConfig srste(int64_t n, int64_t m, double lambda = 2e-4);

@@ -1,7 +1,9 @@
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <vector>
 
+#include "moe/sparse_ramp.h"
 #include "moe/sparse_unit.h"
 
 // When masks change and by how much: pure functions of the clock, with no counters.
@@ -14,6 +16,7 @@ enum class Anneal : uint8_t {
   kCosine,    ///< alpha / 2 * (1 + cos(pi x))
   kPoly,      ///< alpha * (1 - x)^power
   kLinear,    ///< alpha * (1 - x)
+  kStages,    ///< alpha * share of the last of `stages` that has begun at x
 };
 
 /// What the updates of a unit go by.
@@ -41,11 +44,20 @@ struct Schedule {
   /// kTokens: mean rows of an expert in a step, over all ranks; 0: measured in the steps before
   /// `begin`, then fixed.
   double mean_rows = 0;
+  std::vector<DropStage> stages;  ///< kStages: ascending, the first from 0
+  /// Sparser while it is trained; see moe/sparse_targets.h. Both need Clock::kStep, and an update
+  /// that is skipped for want of rows or gradients loses what the ramp takes all the same.
+  std::optional<DensityRamp> density_ramp;
+  std::optional<NmRamp> nm_ramp;
+  /// Grow first, prune later (MEST's soft bound): the drop fraction of the budget is grown beyond
+  /// it by each update, and the next one goes back to the budget before it grows again. The last
+  /// one only goes back.
+  bool grow_first = false;
 
   int64_t end_step() const;  ///< `end` with its default resolved
 };
 
-/// Throws ConfigError that names the field.
+/// Throws ConfigError that names the field, also for a ramp that the last update does not end.
 void validate(const Schedule& schedule);
 
 /// Offset of each unit inside `every`: floor(every * ordinal / number), where units are ordered by

@@ -39,6 +39,14 @@ at::Tensor by_atom(const AtomLayout& layout, const at::Tensor& values) {
       .permute({0, 2, 1, 3});
 }
 
+/// [rows, cols] bool, on the host.
+at::Tensor flags_of(const PackedMask& mask) {
+  const at::Tensor result = at::empty({mask.rows(), mask.cols()}, at::kBool);
+  kernels::expand_mask(mask.data(), mask.num_places(),
+                       static_cast<uint8_t*>(result.mutable_data_ptr()));
+  return result;
+}
+
 }  // namespace
 
 int64_t AtomLayout::smallest_budget() const {
@@ -129,11 +137,7 @@ PackedMask position_bits(const AtomLayout& layout, const PackedMask& mask) {
 }
 
 at::Tensor position_mask(const AtomLayout& layout, const PackedMask& mask) {
-  const PackedMask bits = position_bits(layout, mask);
-  at::Tensor result = at::empty({layout.out, layout.in}, at::kBool);
-  kernels::expand_mask(bits.data(), bits.num_places(),
-                       static_cast<uint8_t*>(result.mutable_data_ptr()));
-  return result;
+  return flags_of(position_bits(layout, mask));
 }
 
 void zero_inactive(const PackedMask& positions, const at::Tensor& inactive,
@@ -141,7 +145,7 @@ void zero_inactive(const PackedMask& positions, const at::Tensor& inactive,
   const at::ScalarType type = values.scalar_type();
   const bool has_kernel = type == at::kFloat || type == at::kDouble || type == at::kBFloat16;
   if (!values.is_cpu() || !values.is_contiguous() || !has_kernel) {
-    values.masked_fill_(inactive, 0);
+    values.masked_fill_(inactive.defined() ? inactive : flags_of(positions).logical_not_(), 0);
     return;
   }
   kernels::zero_inactive(positions.data(), positions.num_places(),

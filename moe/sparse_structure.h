@@ -79,7 +79,7 @@ PackedMask position_bits(const AtomLayout& layout, const PackedMask& mask);
 
 /// Values of inactive positions become 0. Host memory takes the bits, other memory the flags.
 /// @param positions  [out, in] active ones
-/// @param inactive   [out, in] bool, the others, where the values are
+/// @param inactive   [out, in] bool, the others, where the values are; undefined on the host
 /// @param values     [out, in]
 void zero_inactive(const PackedMask& positions, const at::Tensor& inactive,
                    const at::Tensor& values);

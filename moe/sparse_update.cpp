@@ -84,6 +84,8 @@ void check(const AtomLayout& layout, const UpdateRule& rule, const UpdateInput& 
           rule.random_share, "is outside [0, 1]");
   require(input.drop_scores != nullptr || layout.num_atoms() == 0, kUpdateMask, "drop_scores",
           "null", "is missing; pass the scores");
+  require(input.num_grow < 0 || rule.drop != DropCriterion::kSetSigned, kUpdateMask, "num_grow",
+          input.num_grow, "is given, but set_signed goes by the fraction of each sign");
   require(rule.drop != DropCriterion::kSetSigned || layout.is_elementwise(), kUpdateMask, "drop",
           "set_signed", "needs atoms of one position, which have a sign; choose magnitude");
   require(rule.grow != GrowCriterion::kGrad || input.grow_scores != nullptr, kUpdateMask,
@@ -109,11 +111,12 @@ MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const U
   const MaskUpdate unchanged{active, PackedMask(layout.rows, layout.cols),
                              PackedMask(layout.rows, layout.cols)};
   Selector selector(layout);
+  const bool grows = rule.grow != GrowCriterion::kNone;
 
   // Who goes. Weights of both signs are ranked by distance from 0.
   std::vector<float> magnitudes;
   const float* drop_scores = input.drop_scores;
-  PackedMask dropped;
+  PackedMask dropped(layout.rows, layout.cols);
   if (rule.drop == DropCriterion::kSetSigned) {
     magnitudes.resize(static_cast<size_t>(layout.num_atoms()));
     for (size_t a = 0; a < magnitudes.size(); ++a) magnitudes[a] = std::abs(drop_scores[a]);
@@ -121,12 +124,21 @@ MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const U
     const PackedMask negative = filtered(active, [&](int64_t a) { return weights[a] < 0; });
     const PackedMask others = without(active, negative);
     drop_scores = magnitudes.data();
-    dropped = selector.in_unit(AtomOrder::kSmallest, drop_scores, negative,
-                               part_of(input.fraction, negative.count()), input.drop_key) |
-              selector.in_unit(AtomOrder::kSmallest, drop_scores, others,
-                               part_of(input.fraction, others.count()), input.drop_key);
-  } else {
-    const int64_t num_drop = part_of(input.fraction, num_active) + num_active - target;
+    if (grows) {
+      dropped = selector.in_unit(AtomOrder::kSmallest, drop_scores, negative,
+                                 part_of(input.fraction, negative.count()), input.drop_key) |
+                selector.in_unit(AtomOrder::kSmallest, drop_scores, others,
+                                 part_of(input.fraction, others.count()), input.drop_key);
+    }
+    if (grows && num_active > target) {
+      dropped =
+          dropped | selector.in_unit(AtomOrder::kSmallest, drop_scores, without(active, dropped),
+                                     num_active - target, input.drop_key);
+    }
+  } else if (grows) {
+    const int64_t num_grow =
+        input.num_grow >= 0 ? input.num_grow : part_of(input.fraction, num_active);
+    const int64_t num_drop = num_grow + num_active - target;
     dropped = selector.in_unit(AtomOrder::kSmallest, drop_scores, active,
                                std::max<int64_t>(0, num_drop), input.drop_key);
   }
@@ -144,7 +156,7 @@ MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const U
   const std::vector<int64_t> need = lacking(target_of, selector.counts(kept));
   MaskUpdate result = unchanged;
   PackedMask grown(layout.rows, layout.cols);
-  if (rule.grow != GrowCriterion::kRandom && is_any(need)) {
+  if (grows && rule.grow != GrowCriterion::kRandom && is_any(need)) {
     std::vector<int64_t> by_score = need;
     for (int64_t& count : by_score) count -= part_of(rule.random_share, count);
     if (rule.grow == GrowCriterion::kGrad) {
@@ -176,7 +188,7 @@ MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const U
   };
   if (rule.grow == GrowCriterion::kRandom) {
     fill(AtomOrder::kLargest, nullptr, eligible, need, input.random_key);
-  } else if (rule.random_share > 0) {
+  } else if (grows && rule.random_share > 0) {
     std::vector<int64_t> by_chance = need;
     for (int64_t& count : by_chance) count = part_of(rule.random_share, count);
     fill(AtomOrder::kLargest, nullptr, eligible, by_chance, input.random_key);

@@ -18,6 +18,9 @@ enum class GrowCriterion : uint8_t {
   kRandom,   ///< any
   kGrad,     ///< the largest scores, never one of 0
   kUnfired,  ///< those that were never active, any of them; then the others
+  /// None: the fraction is not dropped either, only what the target has too many of, in each cell
+  /// by itself (gradual magnitude pruning).
+  kNone,
 };
 
 struct UpdateRule {
@@ -41,6 +44,9 @@ struct UpdateInput {
   const PackedMask* ever_active = nullptr;  ///< kUnfired: atoms that were active before
   double fraction = 0;                      ///< share of the active atoms that change, in [0, 1]
   int64_t target = -1;  ///< active atoms afterwards, a multiple of the cells; -1: as many as now
+  /// Atoms of the unit that change, on top of what the target takes or gives; -1: floor(fraction *
+  /// active). Not with kSetSigned, which counts signs.
+  int64_t num_grow = -1;
   kernels::RandomKey drop_key, grow_key, random_key;
 };
 
@@ -56,7 +62,8 @@ struct MaskUpdate {
 
 /// Drops floor(fraction * active) atoms of the unit, or the fraction of each sign, plus those that
 /// `target` has too many of; then each cell grows what it lacks. Where a cell cannot grow enough,
-/// the best of its dropped atoms stay: the budget comes first.
+/// the best of its dropped atoms stay, then any come: the budget comes first. Cells need not have
+/// been equal before.
 /// Throws ConfigError for a fraction outside [0, 1] or a target that the cells cannot share
 /// equally.
 MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const UpdateInput& input);

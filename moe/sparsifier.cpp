@@ -82,6 +82,7 @@ void Sparsifier::check_arguments() const {
   require(config_.grad_accum >= 1 && config_.grad_accum <= schedule.every, kSparsifier,
           "grad_accum", config_.grad_accum,
           "is outside [1, every=" + to_text(schedule.every) + "]");
+  check_targets();
   const bool has_tokens = schedule.clock == Clock::kTokens;
   require(config_.grad_accum == 1 || !has_tokens, kSparsifier, "grad_accum", config_.grad_accum,
           "is above 1, but with the token clock nobody knows when an update comes");
@@ -155,7 +156,13 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
     budget_unit.in = layout.cols * layout.atom_cols;
     budget_unit.granule = layout.granule();
     budget_unit.floor = layout.smallest_budget();
-    if (layout.group_keep > 0) budget_unit.ceiling = budget_unit.floor;
+    if (layout.group_keep > 0) {
+      budget_unit.ceiling = budget_unit.floor;
+    } else {
+      const int64_t size = budget_unit.out * budget_unit.in;
+      if (config_.budget.floor.has_value()) budget_unit.floor = config_.budget.floor->of(size);
+      budget_unit.ceiling = config_.budget.ceiling.of(size);
+    }
     for (const NmFrame& frame : config_.forward.frames) {
       make_layout(Structure::n_of_m(frame.n, frame.m), known.out, known.in, known.name);
     }
@@ -163,8 +170,7 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
     keys.push_back(known.key);
     layouts.push_back(layout);
   }
-  const Allocation allocation = allocate(config_.budget, budget_units);
-  budget_rest_ = allocation.rest;
+  start_targets(layouts, std::move(budget_units));
   const std::vector<UnitKey>& all = config_.all_units.empty() ? keys : config_.all_units;
   const std::vector<int64_t> offsets = update_offsets(config_.schedule, all);
   for (Known& known : known_) {
@@ -182,7 +188,11 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
     Unit state;
     state.layout = layouts[place];
     state.place = place;
-    state.nnz = allocation.nnz[place];
+    state.nnz = targets_.first()[place];
+    if (config_.schedule.nm_ramp.has_value()) {
+      state.layout = frame_layout(states.size(), 0);
+      state.nnz = state.layout.smallest_budget();
+    }
     states.push_back(std::move(state));
   }
   states_ = std::move(states);

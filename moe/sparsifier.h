@@ -15,6 +15,7 @@
 #include "moe/sparse_mask.h"
 #include "moe/sparse_schedule.h"
 #include "moe/sparse_structure.h"
+#include "moe/sparse_targets.h"
 #include "moe/sparse_unit.h"
 #include "moe/sparse_update.h"
 
@@ -30,8 +31,8 @@ namespace perseid {
 /// What a sparse layer and the Sparsifier of its weight share. The layer makes it, the Sparsifier
 /// fills it while it lives.
 struct UnitLink {
-  at::Tensor inactive;  ///< [out, in] bool, true: the weight is 0; undefined: none is
-  PackedMask active;    ///< [out, in], the others; empty without `inactive`
+  PackedMask active;    ///< [out, in]; the other weights are 0; empty: none is
+  at::Tensor inactive;  ///< [out, in] bool, the others, where the weight is; on the host undefined
   double density = 1;   ///< share of the active
   /// To be called by the backward, once per pass, with x [N, in] and the gradient of the product
   /// delta [N, out] of each row that counts. Empty: nobody wants them.
@@ -196,10 +197,14 @@ struct UnitState {
   int64_t window = -1;       ///< of its last update, with Clock::kTokens
   at::Tensor grad_sum;       ///< [out, in], inside a window of grad_accum steps; else undefined
   PackedMask backward;       ///< kTopKast: weights that the gradient reaches
+  int64_t nnz = 0;           ///< weights that `mask` has, with padded ones
+  int64_t frame = 0;         ///< of Schedule::nm_ramp
+  double load = 1;           ///< of Distribution::kLoad, when budgets were last shared
+  int64_t load_rows = 0;     ///< total_rows then
   int64_t chosen_step = -1;  ///< soft methods: when `mask` was chosen
 };
 struct SparsifierState {
-  static constexpr int64_t kVersion = 2;
+  static constexpr int64_t kVersion = 3;
   int64_t version = kVersion;
   uint64_t config_hash = 0;
   double mean_rows = 0;           ///< of Clock::kTokens; 0: still being measured
@@ -232,6 +237,10 @@ struct SparsifierState {
 /// equal bit for bit where the layer's numbers are: MoELayerOptions::strict, one replica of each
 /// expert, and no trained parameter that all ranks share; else their sums over ranks differ in
 /// rounding, and masks where two scores are as close as that.
+///
+/// Budgets that change (schedule.density_ramp, nm_ramp and grow_first, Distribution::kGlobal and
+/// kLoad) change with the updates. Their sum is exact after each, also where a unit is skipped.
+/// Under kGlobal one selection is made over the units of all ranks.
 ///
 /// Evaluate and save before the update of a step, not after it: grown weights are untrained.
 ///
@@ -281,7 +290,7 @@ class Sparsifier {
   int64_t nnz() const;  ///< active weights of the units of this rank
   SparsityTotals totals() const;
   /// What the budget asks for beyond the active weights of all ranks, because units take whole
-  /// granules (Allocation::rest).
+  /// granules (Allocation::rest); of a ramp at its end.
   int64_t budget_rest() const { return budget_rest_; }
 
   /// Draws active weights from a normal distribution of std gain / sqrt(active entries of the row).
@@ -299,6 +308,8 @@ class Sparsifier {
   struct Unit;
   struct Known;
   struct Proposal;
+  struct Goal;
+  struct Scores;
   Unit& find(const UnitKey& key);
   const Unit& find(const UnitKey& key) const;
   bool needs_gradient() const;
@@ -313,7 +324,11 @@ class Sparsifier {
   std::vector<int64_t> summed_rows(const comm::CallSite& site) const;
   void sum_rows(const comm::CallSite& site);
   UpdateReport update(int64_t step);
+  SkipReason skip_reason(size_t u) const;
+  Scores scores_of(size_t u, int64_t step) const;
+  MaskUpdate skipped_change(size_t u, const Goal& goal, int64_t step) const;
   Proposal propose(size_t u, int64_t step);
+  [[noreturn]] void fail_diverged(size_t u, int64_t num_non_finite, int64_t step) const;
   void apply(size_t u, int64_t step, const MaskUpdate& change);
   void set_mask(size_t u, PackedMask mask);
   void keep_active(size_t u, const at::Tensor& values) const;
@@ -321,6 +336,17 @@ class Sparsifier {
   void change_compressed(size_t u, const PackedMask& mask, GrownSecondMoment policy,
                          const at::Tensor& gradient);
   void check_arguments() const;
+  // Budgets that change, sparsifier_targets.cpp.
+  void check_targets() const;
+  void start_targets(const std::vector<AtomLayout>& layouts, std::vector<BudgetUnit> units);
+  bool has_changing_budgets() const;
+  void choose_targets(int64_t step, const comm::CallSite& site);
+  Goal goal_of(size_t u, int64_t step) const;
+  std::vector<Proposal> propose_global(int64_t step, const comm::CallSite& site);
+  AtomLayout frame_layout(size_t u, int64_t frame) const;
+  void set_frame(size_t u, int64_t frame);
+  void check_saved_budget(size_t u, const UnitState& saved, int64_t step);
+  void check_saved_sum(const std::vector<const UnitState*>& saved, int64_t step);
   void know_units(const comm::CallSite& site);
   void require_same_fingerprints(const std::vector<size_t>& units,
                                  const std::vector<uint64_t>& fingerprints, const char* what,
@@ -342,7 +368,12 @@ class Sparsifier {
   std::vector<Known> known_;        ///< units of all ranks, ordered by key
   std::vector<torch::optim::Optimizer*> optimizers_;
   int64_t budget_rest_ = 0;
-  double mean_rows_ = 0;  ///< of the token clock; 0: still being measured
+  std::vector<BudgetUnit> budget_units_;  ///< of known_
+  BudgetTargets targets_;
+  /// Of each of known_, for the current update; those of other ranks under kLoad and a ramp only.
+  std::vector<int64_t> targets_now_;
+  std::vector<double> loads_now_;  ///< kLoad, if budgets are shared by this update; else empty
+  double mean_rows_ = 0;           ///< of the token clock; 0: still being measured
   int64_t num_counted_steps_ = 0;
   StepPlan current_;
   std::vector<size_t> due_;  ///< places in known_ that update in the current step

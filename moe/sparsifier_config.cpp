@@ -17,6 +17,10 @@ const char* name_of(Distribution distribution) {
       return "epsilon";
     case Distribution::kCustom:
       return "custom";
+    case Distribution::kGlobal:
+      return "global";
+    case Distribution::kLoad:
+      return "load";
   }
   return "?";
 }
@@ -29,6 +33,7 @@ const char* name_of(DropCriterion drop) {
 const char* name_of(GrowCriterion grow) {
   return grow == GrowCriterion::kRandom ? "random"
          : grow == GrowCriterion::kGrad ? "grad"
+         : grow == GrowCriterion::kNone ? "none"
                                         : "unfired";
 }
 const char* name_of(Anneal anneal) {
@@ -41,6 +46,8 @@ const char* name_of(Anneal anneal) {
       return "poly";
     case Anneal::kLinear:
       return "linear";
+    case Anneal::kStages:
+      return "stages";
   }
   return "?";
 }
@@ -61,6 +68,37 @@ const char* name_of(GrownSecondMoment policy) {
       return "gradient";
   }
   return "?";
+}
+
+/// Budgets that change.
+void write_targets(std::ostream& out, const Budget& budget, const Schedule& schedule) {
+  const auto ratio = [&](const Density& density) -> std::ostream& {
+    return out << density.numerator() << "/" << density.denominator();
+  };
+  if (budget.distribution == Distribution::kLoad) {
+    out << " load_power=" << budget.load_power << " realloc_every=" << budget.realloc_every;
+  }
+  if (budget.floor.has_value()) {
+    out << " floor=";
+    ratio(*budget.floor);
+  }
+  out << " ceiling=";
+  ratio(budget.ceiling);
+  for (const DropStage& stage : schedule.stages) {
+    out << " stage=" << stage.share << "@" << stage.from;
+  }
+  if (schedule.density_ramp.has_value()) {
+    const DensityRamp& ramp = *schedule.density_ramp;
+    out << " ramp_initial=";
+    ratio(ramp.initial) << " ramp_begin=" << ramp.begin << " ramp_end=" << ramp.end
+                        << " ramp_power=" << ramp.power;
+  }
+  if (schedule.nm_ramp.has_value()) {
+    for (const NmRampFrame& frame : schedule.nm_ramp->frames) {
+      out << " frame=" << frame.n << ":" << frame.m << "@" << frame.from;
+    }
+  }
+  out << " grow_first=" << schedule.grow_first;
 }
 
 }  // namespace
@@ -89,7 +127,9 @@ std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
       << " grown=" << (state.weight == GrownWeight::kZero ? "zero" : "normal")
       << " weight_std=" << state.weight_std << " second_moment=" << name_of(state.second_moment)
       << " order=" << name_of(order) << " grad_accum=" << grad_accum << " min_rows=" << min_rows
-      << " seed=" << seed << forward;
+      << " seed=" << seed;
+  write_targets(out, budget, schedule);
+  out << forward;
   return out;
 }
 

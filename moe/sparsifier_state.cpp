@@ -64,11 +64,13 @@ void write(const UnitState& unit, ByteWriter& bytes) {
   bytes.add(unit.key.layer);
   bytes.add(unit.key.expert);
   bytes.add(unit.key.matrix);
-  for (const int64_t count : {unit.num_rows, unit.num_updates, unit.num_skipped, unit.total_rows,
-                              unit.window, unit.chosen_step}) {
+  for (const int64_t count :
+       {unit.num_rows, unit.num_updates, unit.num_skipped, unit.total_rows, unit.window,
+        unit.chosen_step, unit.nnz, unit.frame, unit.load_rows}) {
     bytes.add(count);
   }
   bytes.add(unit.churn_sum);
+  bytes.add(unit.load);
   bytes.add(unit.mask);
   bytes.add(unit.ever_active);
   bytes.add(unit.backward);
@@ -86,11 +88,13 @@ UnitState read(ByteReader& bytes) {
   unit.key.layer = bytes.take<int64_t>();
   unit.key.expert = bytes.take<int64_t>();
   unit.key.matrix = bytes.take<Matrix>();
-  for (int64_t* const count : {&unit.num_rows, &unit.num_updates, &unit.num_skipped,
-                               &unit.total_rows, &unit.window, &unit.chosen_step}) {
+  for (int64_t* const count :
+       {&unit.num_rows, &unit.num_updates, &unit.num_skipped, &unit.total_rows, &unit.window,
+        &unit.chosen_step, &unit.nnz, &unit.frame, &unit.load_rows}) {
     *count = bytes.take<int64_t>();
   }
   unit.churn_sum = bytes.take<double>();
+  unit.load = bytes.take<double>();
   unit.mask = bytes.take_mask();
   unit.ever_active = bytes.take_mask();
   unit.backward = bytes.take_mask();
@@ -141,6 +145,10 @@ SparsifierState Sparsifier::state_dict() const {
     state.churn_sum = unit.churn_sum;
     state.total_rows = known.total_rows + pending[unit.place];
     state.window = known.window;
+    state.nnz = unit.nnz;
+    state.frame = unit.frame;
+    state.load = known.load;
+    state.load_rows = known.load_rows;
     state.backward = unit.soft.backward;
     state.chosen_step = unit.soft.chosen_step;
     if (unit.grad_sum.defined()) state.grad_sum = unit.grad_sum.clone();
@@ -195,16 +203,9 @@ void Sparsifier::load(const SparsifierState& state) {
                                     saved.backward, saved.chosen_step, units_[u].weight(), name);
         continue;
       }
-      std::vector<int64_t> saved_counts(static_cast<size_t>(mine.layout.cells.num_cells));
-      std::vector<int64_t> counts = saved_counts;
-      kernels::count_atoms(mine.layout.cells, saved.mask.data(), saved_counts.data());
-      kernels::count_atoms(mine.layout.cells, mine.mask.data(), counts.data());
-      if (saved_counts != counts) {
-        fail_sparsifier("mask of " + name, to_text(saved.mask.count()),
-                        "active atoms do not keep its budget of " + to_text(mine.mask.count()) +
-                            " in equal cells");
-      }
+      check_saved_budget(u, saved, state.step);
     }
+    check_saved_sum(found, state.step);
   });
   std::vector<size_t> units;
   std::vector<uint64_t> fingerprints;
@@ -216,7 +217,9 @@ void Sparsifier::load(const SparsifierState& state) {
   // The clocks of all units, also of those on other ranks.
   uint64_t clock = std::bit_cast<uint64_t>(state.mean_rows);
   for (size_t i = 0; i < known_.size(); ++i) {
-    for (const int64_t count : {found[i]->num_rows, found[i]->total_rows, found[i]->window}) {
+    clock = kernels::splitmix64(clock ^ std::bit_cast<uint64_t>(found[i]->load));
+    for (const int64_t count : {found[i]->num_rows, found[i]->total_rows, found[i]->window,
+                                found[i]->load_rows, found[i]->nnz}) {
       clock = kernels::splitmix64(clock ^ static_cast<uint64_t>(count));
     }
   }
@@ -230,6 +233,8 @@ void Sparsifier::load(const SparsifierState& state) {
   for (size_t i = 0; i < known_.size(); ++i) {
     known_[i].total_rows = found[i]->total_rows;
     known_[i].window = found[i]->window;
+    known_[i].load = found[i]->load;
+    known_[i].load_rows = found[i]->load_rows;
   }
   mean_rows_ = state.mean_rows;
   num_counted_steps_ = state.num_counted_steps;
@@ -241,6 +246,8 @@ void Sparsifier::load(const SparsifierState& state) {
       set_soft_mask(u, std::move(soft[u]));
       set_factors(config_.forward, std::max<int64_t>(state.step, 0), mine.soft);
     } else {
+      mine.nnz = saved.nnz;
+      set_frame(u, saved.frame);
       set_mask(u, saved.mask);
       change_compressed(u, saved.mask, GrownSecondMoment::kMean, {});
     }

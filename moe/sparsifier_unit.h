@@ -26,7 +26,8 @@ struct Sparsifier::Unit {
   size_t place = 0;  ///< in known_
   PackedMask mask;
   PackedMask ever_active;
-  at::Tensor inactive;        ///< [out, in] bool, where the parameter is
+  PackedMask blocks;          ///< [out, in] positions of `mask`, if its atoms have several
+  at::Tensor inactive;        ///< [out, in] bool, the others, where the parameter is; see UnitLink
   int64_t num_rows = 0;       ///< since the last update, over all ranks
   int64_t num_pending = 0;    ///< rows of this rank that are not in any sum yet
   int64_t num_rows_seen = 0;  ///< of the counter of its experts
@@ -35,8 +36,11 @@ struct Sparsifier::Unit {
   double churn_sum = 0;
   at::Tensor link_gradient;  ///< what the link was given in this step
   at::Tensor grad_sum;       ///< over the steps of a window, over all ranks
-  int64_t nnz = 0;           ///< of the budget
+  int64_t nnz = 0;           ///< of the budget, now
+  int64_t frame = 0;         ///< of the N:M ramp, which `layout` is of
   SoftMask soft;             ///< soft methods only
+
+  const PackedMask& positions() const { return layout.is_elementwise() ? mask : blocks; }
 };
 
 /// What every rank knows of a unit of any rank; equal on all of them.
@@ -51,11 +55,33 @@ struct Sparsifier::Known {
   int64_t total_rows = 0;  ///< over all ranks; of the token clock
   int64_t window = -1;     ///< of its last update by the token clock
   double time = 0;         ///< of its clock at the start of the current step
+  int64_t first_atom = 0;  ///< atoms of the units before it
+  double load = 1;         ///< kLoad: of the last sharing
+  int64_t load_rows = 0;   ///< kLoad: total_rows then
 };
 
-/// What an update of one unit would do.
+/// What a unit is to have after an update.
+struct Sparsifier::Goal {
+  AtomLayout layout;
+  int64_t frame = 0;
+  int64_t nnz = 0;        ///< positions
+  int64_t num_grow = -1;  ///< atoms; -1: by the drop fraction
+  int64_t base = 0;       ///< nnz without what is grown beyond the budget
+};
+
+/// What the criteria say, [num_atoms] float32 on the host.
+struct Sparsifier::Scores {
+  at::Tensor drop;
+  at::Tensor grow;    ///< undefined if the criterion has none
+  UpdateInput input;  ///< with pointers to them
+};
+
+/// What an update of one unit would do. `change` has the mask in any case.
 struct Sparsifier::Proposal {
   size_t unit = 0;
+  AtomLayout layout;
+  int64_t frame = 0;
+  int64_t nnz = 0;
   UnitUpdate report;
   MaskUpdate change;
 };

@@ -1,6 +1,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/masked_select.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 
 #include <cmath>
@@ -43,20 +44,25 @@ UpdateReport Sparsifier::update(int64_t step) {
   if (due_.empty()) return report;  // of all ranks
   const comm::CallSite site{.operation = kSparsifier, .step = step};
   if (config_.schedule.clock == Clock::kStep) sum_rows(site);
+  choose_targets(step, site);
   // All are proposed and compared before any is made: an error leaves everything as it was.
   std::vector<Proposal> proposals;
-  comm::agree(groups_.world, site, [&] {
-    for (size_t u = 0; u < units_.size(); ++u) {
-      if (current_.actions[u] == UnitAction::kUpdate) proposals.push_back(propose(u, step));
-    }
-  });
+  if (config_.budget.distribution == Distribution::kGlobal) {
+    proposals = propose_global(step, site);
+  } else {
+    comm::agree(groups_.world, site, [&] {
+      for (size_t u = 0; u < units_.size(); ++u) {
+        if (current_.actions[u] == UnitAction::kUpdate) proposals.push_back(propose(u, step));
+      }
+    });
+  }
   std::vector<size_t> units;
   std::vector<uint64_t> fingerprints;
   for (const Proposal& proposal : proposals) {
     const bool is_skipped = proposal.report.skipped != SkipReason::kNotSkipped;
-    const PackedMask& mask = is_skipped ? states_[proposal.unit].mask : proposal.change.mask;
     units.push_back(proposal.unit);
-    fingerprints.push_back(kernels::splitmix64(mask.fingerprint() ^ (is_skipped ? 1 : 0)));
+    fingerprints.push_back(
+        kernels::splitmix64(proposal.change.mask.fingerprint() ^ (is_skipped ? 1 : 0)));
   }
   require_same_fingerprints(units, fingerprints, "mask", site);
 
@@ -66,16 +72,23 @@ UpdateReport Sparsifier::update(int64_t step) {
       unit.window = update_window(config_.schedule, unit.time, unit.offset);
     }
   }
+  for (size_t i = 0; i < loads_now_.size(); ++i) {
+    known_[i].load = loads_now_[i];
+    known_[i].load_rows = known_[i].total_rows;
+  }
   for (const Proposal& proposal : proposals) {
     Unit& state = states_[proposal.unit];
     report.units.push_back(proposal.report);
+    const int64_t num_active = state.mask.count();
+    state.layout = proposal.layout;
+    state.frame = proposal.frame;
+    state.nnz = proposal.nnz;
+    apply(proposal.unit, step, proposal.change);
     if (proposal.report.skipped != SkipReason::kNotSkipped) {
       state.grad_sum = at::Tensor();
       ++state.num_skipped;
       continue;
     }
-    const int64_t num_active = state.mask.count();
-    apply(proposal.unit, step, proposal.change);
     state.grad_sum = at::Tensor();
     state.num_rows = 0;
     ++state.num_updates;
@@ -87,44 +100,86 @@ UpdateReport Sparsifier::update(int64_t step) {
   return report;
 }
 
-Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
+SkipReason Sparsifier::skip_reason(size_t u) const {
+  const Unit& state = states_[u];
+  if (known_[state.place].counts_rows && state.num_rows < config_.min_rows) {
+    return SkipReason::kFewRows;
+  }
+  const bool has_gradient = !needs_gradient() || state.grad_sum.defined();
+  return has_gradient ? SkipReason::kNotSkipped : SkipReason::kNoGradient;
+}
+
+/// Scores and keys of a unit that is not skipped.
+Sparsifier::Scores Sparsifier::scores_of(size_t u, int64_t step) const {
   const SparseUnit& unit = units_[u];
   const Unit& state = states_[u];
-  Proposal result;
-  result.unit = u;
-  result.report.key = unit.key;
-  const at::Tensor& gradient = state.grad_sum;
-  if (known_[state.place].counts_rows && state.num_rows < config_.min_rows) {
-    result.report.skipped = SkipReason::kFewRows;
-  } else if (needs_gradient() && !gradient.defined()) {
-    result.report.skipped = SkipReason::kNoGradient;
-  }
-  if (result.report.skipped != SkipReason::kNotSkipped) return result;
-
+  Scores scores;
   const at::Tensor weight = unit.weight();
-  const at::Tensor drop_scores = config_.rule.drop == DropCriterion::kSetSigned
-                                     ? weight.to(at::kCPU, at::kFloat).contiguous()
-                                     : atom_scores(state.layout, weight);
-  const at::Tensor grow_scores =
-      needs_gradient() ? atom_scores(state.layout, gradient) : at::Tensor();
-  UpdateInput input;
+  scores.drop = config_.rule.drop == DropCriterion::kSetSigned
+                    ? weight.to(at::kCPU, at::kFloat).contiguous()
+                    : atom_scores(state.layout, weight);
+  if (needs_gradient()) scores.grow = atom_scores(state.layout, state.grad_sum);
+  UpdateInput& input = scores.input;
   input.active = &state.mask;
   input.ever_active = &state.ever_active;
-  input.drop_scores = drop_scores.const_data_ptr<float>();
-  if (grow_scores.defined()) input.grow_scores = grow_scores.const_data_ptr<float>();
+  input.drop_scores = scores.drop.const_data_ptr<float>();
+  if (scores.grow.defined()) input.grow_scores = scores.grow.const_data_ptr<float>();
   input.fraction = drop_fraction(config_.schedule, known_[state.place].time);
   input.drop_key = draw_key(config_.seed, step, unit.key, UnitDraw::kDrop);
   input.grow_key = draw_key(config_.seed, step, unit.key, UnitDraw::kGrow);
   input.random_key = draw_key(config_.seed, step, unit.key, UnitDraw::kRandomGrow);
-  result.change = update_mask(state.layout, config_.rule, input);
-  if (result.change.num_non_finite > 0) {
-    ErrorDetail detail{kSparsifier, "scores of " + unit.name, to_text(result.change.num_non_finite),
-                       "are NaN or infinite; the training has diverged"};
-    detail.layer = static_cast<int>(unit.key.layer);
-    detail.step = step;
-    throw Diverged(detail);
+  return scores;
+}
+
+void Sparsifier::fail_diverged(size_t u, int64_t num_non_finite, int64_t step) const {
+  const SparseUnit& unit = units_[u];
+  ErrorDetail detail{kSparsifier, "scores of " + unit.name, to_text(num_non_finite),
+                     "are NaN or infinite; the training has diverged"};
+  detail.layer = static_cast<int>(unit.key.layer);
+  detail.step = step;
+  throw Diverged(detail);
+}
+
+/// What is skipped takes part in a change of its budget all the same.
+MaskUpdate Sparsifier::skipped_change(size_t u, const Goal& goal, int64_t step) const {
+  const Unit& state = states_[u];
+  if (goal.frame == state.frame && goal.base == state.nnz) {
+    const PackedMask none(state.mask.rows(), state.mask.cols());
+    return {state.mask, none, none};
   }
-  if (result.change.has_no_gradient) result.report.skipped = SkipReason::kNoGradient;
+  const at::Tensor magnitudes = atom_scores(goal.layout, units_[u].weight());
+  UpdateInput input;
+  input.active = &state.mask;
+  input.drop_scores = magnitudes.const_data_ptr<float>();
+  input.target = goal.base / goal.layout.atom_size();
+  input.drop_key = draw_key(config_.seed, step, units_[u].key, UnitDraw::kDrop);
+  input.random_key = draw_key(config_.seed, step, units_[u].key, UnitDraw::kRandomGrow);
+  UpdateRule rule;
+  rule.grow = GrowCriterion::kNone;
+  return update_mask(goal.layout, rule, input);
+}
+
+Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
+  const Goal goal = goal_of(u, step);
+  Proposal result;
+  result.unit = u;
+  result.layout = goal.layout;
+  result.frame = goal.frame;
+  result.nnz = goal.nnz;
+  result.report.key = units_[u].key;
+  result.report.skipped = skip_reason(u);
+  if (result.report.skipped == SkipReason::kNotSkipped) {
+    Scores scores = scores_of(u, step);
+    scores.input.target = goal.nnz / goal.layout.atom_size();
+    scores.input.num_grow = goal.num_grow;
+    result.change = update_mask(goal.layout, config_.rule, scores.input);
+    if (result.change.has_no_gradient) result.report.skipped = SkipReason::kNoGradient;
+  }
+  if (result.report.skipped != SkipReason::kNotSkipped) {
+    result.nnz = goal.base;
+    result.change = skipped_change(u, goal, step);
+  }
+  if (result.change.num_non_finite > 0) fail_diverged(u, result.change.num_non_finite, step);
   result.report.num_dropped = result.change.num_dropped;
   result.report.num_grown = result.change.num_grown;
   return result;
@@ -138,7 +193,7 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
   const at::Device device = weight.device();
   const at::Tensor grown = position_mask(state.layout, change.grown).to(device);
   const at::Tensor dropped = position_mask(state.layout, change.dropped).to(device);
-  const at::Tensor untouched = state.inactive.logical_or(dropped).logical_not_();
+  const at::Tensor untouched = position_mask(state.layout, state.mask & change.mask).to(device);
   const at::Tensor changed = grown.logical_or(dropped);
 
   weight.masked_fill_(changed, 0);
@@ -152,7 +207,9 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
   const GrownSecondMoment policy = config_.state.second_moment;
   at::Tensor gradient;
   if (policy == GrownSecondMoment::kGradient) {
-    gradient = state.grad_sum / static_cast<double>(config_.grad_accum);
+    // None under a ramp where the update was skipped: what comes then counts as without gradient.
+    gradient = state.grad_sum.defined() ? state.grad_sum / static_cast<double>(config_.grad_accum)
+                                        : at::zeros_like(weight);
   }
   change_compressed(u, change.mask, policy, gradient);
   for (torch::optim::Optimizer* const optimizer : optimizers_) {
@@ -178,11 +235,7 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
 /// Values of inactive positions of the unit become 0.
 void Sparsifier::keep_active(size_t u, const at::Tensor& values) const {
   const Unit& state = states_[u];
-  if (state.layout.is_elementwise()) {
-    zero_inactive(state.mask, state.inactive, values);
-  } else {
-    values.masked_fill_(state.inactive, 0);
-  }
+  zero_inactive(state.positions(), state.inactive, values);
 }
 
 /// Active positions of the whole matrix that the unit is a part of, with `mask` for the unit itself
@@ -225,12 +278,15 @@ void Sparsifier::set_mask(size_t u, PackedMask mask) {
   state.ever_active =
       state.ever_active.num_places() == 0 ? state.mask : (state.ever_active | state.mask);
   const at::Tensor weight = units_[u].weight();
-  state.inactive = position_mask(state.layout, state.mask).logical_not_().to(weight.device());
+  if (!state.layout.is_elementwise()) state.blocks = position_bits(state.layout, state.mask);
+  if (!weight.is_cpu()) {
+    state.inactive = position_mask(state.layout, state.mask).logical_not_().to(weight.device());
+  }
   keep_active(u, weight);
   if (units_[u].link == nullptr) return;
   UnitLink& link = *units_[u].link;
   link.inactive = state.inactive;
-  link.active = position_bits(state.layout, state.mask);
+  link.active = state.positions();
   link.density =
       static_cast<double>(link.active.count()) / static_cast<double>(link.active.num_places());
 }

@@ -1,0 +1,787 @@
+// Budgets that units take from each other.
+//   Select      the selection over units and ranks is select_atoms on all atoms of one process:
+//               ties that span ranks, replicas, no scores, NaN, k of 0, all and more
+//   SharedKeys  units whose atoms have ties in common, as beyond 2^32 atoms: exactly k all the same
+//   Update      against a plain sort of all atoms: what goes first, the best that stay, limits,
+//               idle units, all criteria; at 1, 2, 3 ranks
+//   Floors      200 aggressive updates, global and by load: the sum exact after each, no unit below
+//               its floor or above its ceiling; small weights and idle experts come down to it
+//   Moves       a unit with larger gradients and weights takes from the others
+//   Load        closed form of the shares; reallocation every n-th update; idle units shrink only
+//   Ranks       P = 1, 2, 4, any ep_size, and changes of P: the masks of one process
+//   Diverged    NaN names unit and step on every rank, and changes nothing
+//   Presets     granet, gmp: three updates reach the budget
+//   Refused     what does not go with one selection over all
+#include <ATen/Parallel.h>
+#include <gtest/gtest.h>
+#include <torch/optim/adam.h>
+#include <torch/optim/sgd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <map>
+#include <numeric>
+#include <tuple>
+
+#include "moe/sparse_presets.h"
+#include "moe/sparse_select.h"
+#include "tests/config_error.h"
+#include "tests/moe/sparse_fixture.h"
+#include "tests/moe/sparse_ranks_fixture.h"
+
+namespace perseid::testing {
+namespace {
+
+using kernels::AtomOrder;
+using kernels::random_key;
+using kernels::RandomKey;
+
+/// One unit of a selection, as every rank could know it.
+struct Atoms {
+  int64_t rows = 0, cols = 0;
+  int64_t first_atom = 0;
+  std::vector<float> scores;
+  std::vector<float> other;  ///< for growth
+  PackedMask mask;
+  PackedMask ever_active;
+  int64_t lowest = 0, highest = -1;
+  bool is_skipped = false;
+};
+
+/// Few different scores, so that many are equal.
+std::vector<float> coarse_scores(int64_t count, uint64_t seed, double scale = 2) {
+  const at::Tensor values = (normal({count}, seed) * scale).round().abs().to(at::kFloat);
+  return {values.const_data_ptr<float>(), values.const_data_ptr<float>() + count};
+}
+
+std::vector<Atoms> some_units(uint64_t seed, double scale = 2) {
+  const std::vector<std::pair<int64_t, int64_t>> shapes = {{7, 11}, {1, 3},  {20, 40},
+                                                           {9, 9},  {64, 1}, {30, 13}};
+  std::vector<Atoms> units;
+  int64_t first = 0;
+  for (const auto& [rows, cols] : shapes) {
+    Atoms unit;
+    unit.rows = rows;
+    unit.cols = cols;
+    unit.first_atom = first;
+    const uint64_t own = 100 * seed + static_cast<uint64_t>(first);
+    unit.scores = coarse_scores(rows * cols, own, scale);
+    unit.other = coarse_scores(rows * cols, own + 1, scale);
+    const AtomLayout layout = make_layout(Structure::unstructured(), rows, cols, "w");
+    unit.mask = random_mask(layout, rows * cols * 2 / 3, random_key(own + 2));
+    unit.ever_active = unit.mask | random_mask(layout, rows * cols / 2, random_key(own + 3));
+    first += rows * cols;
+    units.push_back(std::move(unit));
+  }
+  return units;
+}
+
+/// Whether a rank holds a unit; unit 2 is held by all ranks, the others by one each, two by a pair.
+std::vector<int> holders_of(size_t u, int num_ranks) {
+  std::vector<int> ranks;
+  for (int rank = 0; rank < num_ranks; ++rank) {
+    const bool is_held =
+        u == 2 || static_cast<int>(u) % num_ranks == rank || (u == 3 && rank + 1 == num_ranks);
+    if (is_held) ranks.push_back(rank);
+  }
+  return ranks;
+}
+
+/// The marked atoms by unit, the same on all holders.
+std::vector<PackedMask> selected_by(int num_ranks, const std::vector<Atoms>& units, AtomOrder order,
+                                    int64_t k, bool has_scores, int64_t* num_selected) {
+  std::vector<PackedMask> result(units.size());
+  std::mutex mutex;
+  comm::run_local(num_ranks, [&](const comm::Group& world) {
+    std::vector<SelectPart> parts;
+    std::vector<size_t> places;
+    for (size_t u = 0; u < units.size(); ++u) {
+      const std::vector<int> holders = holders_of(u, num_ranks);
+      if (std::find(holders.begin(), holders.end(), world.rank()) == holders.end()) continue;
+      places.push_back(u);
+      parts.push_back({static_cast<int64_t>(u), units[u].first_atom, holders[0] == world.rank(),
+                       has_scores ? units[u].scores.data() : nullptr, &units[u].mask});
+    }
+    const PartSelection selection = select_over_ranks(parts, order, k, random_key(77),
+                                                      static_cast<int64_t>(units.size()), world);
+    const std::lock_guard lock(mutex);
+    *num_selected = selection.num_selected;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      PackedMask& mine = result[places[i]];
+      if (mine.num_places() > 0) {
+        EXPECT_EQ(mine, selection.masks[i]);
+      }
+      mine = selection.masks[i];
+    }
+  });
+  return result;
+}
+
+TEST(SparseGlobal, Select) {
+  for (uint64_t seed = 0; seed < 6; ++seed) {
+    std::vector<Atoms> units = some_units(seed, seed == 0 ? 0 : 0.5 * static_cast<double>(seed));
+    if (seed == 5) {
+      units[0].scores[3] = units[2].scores[7] = std::numeric_limits<float>::quiet_NaN();
+      units[4].scores[2] = -0.0f;
+    }
+    // One after another, for select_atoms.
+    int64_t num_atoms = 0;
+    std::vector<float> scores;
+    for (const Atoms& unit : units) {
+      num_atoms += unit.rows * unit.cols;
+      scores.insert(scores.end(), unit.scores.begin(), unit.scores.end());
+    }
+    PackedMask candidates(1, num_atoms);
+    int64_t num_candidates = 0;
+    for (const Atoms& unit : units) {
+      for (int64_t a = 0; a < unit.mask.num_places(); ++a) {
+        candidates.set(unit.first_atom + a, unit.mask.test(a));
+      }
+      num_candidates += unit.mask.count();
+    }
+    for (const AtomOrder order : {AtomOrder::kLargest, AtomOrder::kSmallest}) {
+      for (const bool has_scores : {true, false}) {
+        for (const int64_t k : {int64_t{0}, int64_t{1}, int64_t{137}, num_candidates / 2,
+                                num_candidates - 1, num_candidates, num_candidates + 5}) {
+          PackedMask wanted(1, num_atoms);
+          kernels::select_atoms_reference({1, num_atoms}, order,
+                                          has_scores ? scores.data() : nullptr, candidates.data(),
+                                          &k, random_key(77), wanted.data());
+          for (const int num_ranks : {1, 2, 4}) {
+            int64_t num_selected = -1;
+            const auto masks = selected_by(num_ranks, units, order, k, has_scores, &num_selected);
+            EXPECT_EQ(num_selected, std::min(k, num_candidates));
+            PackedMask all(1, num_atoms);
+            for (size_t u = 0; u < units.size(); ++u) {
+              for (int64_t a = 0; a < masks[u].num_places(); ++a) {
+                all.set(units[u].first_atom + a, masks[u].test(a));
+              }
+            }
+            ASSERT_EQ(all, wanted) << seed << " k=" << k << " P=" << num_ranks;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(SparseGlobal, SharedKeys) {
+  std::vector<Atoms> units = some_units(3, 0.3);
+  // All six as if each began 2^32 atoms after the one before.
+  for (size_t u = 0; u < units.size(); ++u) {
+    units[u].first_atom = static_cast<int64_t>(u) << 32;
+  }
+  int64_t num_candidates = 0;
+  for (const Atoms& unit : units) num_candidates += unit.mask.count();
+  for (int64_t k = 1; k < num_candidates; k += 13) {
+    std::vector<PackedMask> one;
+    for (const int num_ranks : {1, 2, 4}) {
+      int64_t num_selected = 0, count = 0;
+      const auto masks =
+          selected_by(num_ranks, units, AtomOrder::kLargest, k, k % 2 == 1, &num_selected);
+      for (const PackedMask& mask : masks) count += mask.count();
+      ASSERT_EQ(count, k);
+      ASSERT_EQ(num_selected, k);
+      if (num_ranks == 1) one = masks;
+      ASSERT_EQ(masks, one);
+    }
+  }
+}
+
+/// Larger is better: score, then tie.
+struct Ranked {
+  float score;
+  uint32_t tie;
+  size_t unit;
+  int64_t atom;
+};
+
+/// The update by sorting all atoms.
+class PlainUpdate {
+ public:
+  PlainUpdate(const std::vector<Atoms>& units, const UpdateRule& rule, const UpdateOfAll& update)
+      : units_(units), rule_(rule) {
+    int64_t total = 0, changing = 0;
+    std::vector<PackedMask> droppable;
+    for (const Atoms& unit : units) {
+      masks.push_back(unit.mask);
+      total += unit.mask.count();
+      if (!unit.is_skipped) changing += unit.mask.count();
+      PackedMask may_go = unit.mask;
+      const auto best = ranked({&unit - units.data()}, {unit.mask}, Source::kDrop,
+                               AtomOrder::kLargest, update.drop_key);
+      for (int64_t i = 0; i < std::min<int64_t>(unit.lowest, std::ssize(best)); ++i) {
+        may_go.set(best[static_cast<size_t>(i)].atom, false);
+      }
+      droppable.push_back(may_go);
+    }
+    std::vector<PackedMask> dropped = empty();
+    const auto drop = [&](int64_t count, bool skips) {
+      auto list = ranked(all(), droppable, Source::kDrop, AtomOrder::kSmallest, update.drop_key);
+      for (const Ranked& atom : list) {
+        if (count <= 0) return;
+        if (skips && units[atom.unit].is_skipped) continue;
+        masks[atom.unit].set(atom.atom, false);
+        droppable[atom.unit].set(atom.atom, false);
+        dropped[atom.unit].set(atom.atom, true);
+        --count;
+      }
+    };
+    drop(total - update.target, false);
+    if (rule.grow != GrowCriterion::kNone) {
+      drop(static_cast<int64_t>(std::floor(update.fraction * static_cast<double>(changing))), true);
+    }
+    for (const PackedMask& mask : masks) need_ -= mask.count();
+    need_ += update.target;
+    std::vector<PackedMask> inactive, eligible;
+    for (size_t u = 0; u < units.size(); ++u) {
+      inactive.push_back(without(PackedMask::full(units[u].rows, units[u].cols), units[u].mask));
+      PackedMask mine = rule.exclude_just_dropped ? inactive[u] : inactive[u] | dropped[u];
+      if (units[u].is_skipped) mine = PackedMask(units[u].rows, units[u].cols);
+      eligible.push_back(mine);
+    }
+    const auto chance =
+        static_cast<int64_t>(std::floor(rule.random_share * static_cast<double>(need_)));
+    const int64_t by_score = need_ - chance;
+    if (rule.grow == GrowCriterion::kGrad) {
+      std::vector<PackedMask> some = eligible;
+      for (size_t u = 0; u < units.size(); ++u) {
+        for (int64_t a = 0; a < some[u].num_places(); ++a) {
+          if (units[u].other[static_cast<size_t>(a)] == 0) some[u].set(a, false);
+        }
+      }
+      grow(by_score, some, Source::kGrow, AtomOrder::kLargest, update.grow_key);
+    } else if (rule.grow == GrowCriterion::kUnfired) {
+      std::vector<PackedMask> some = eligible;
+      for (size_t u = 0; u < units.size(); ++u) some[u] = without(some[u], units[u].ever_active);
+      const int64_t grown =
+          grow(by_score, some, Source::kNone, AtomOrder::kLargest, update.grow_key);
+      grow(by_score - grown, eligible, Source::kNone, AtomOrder::kLargest, update.grow_key);
+    }
+    if (rule.grow != GrowCriterion::kNone) {
+      grow(rule.grow == GrowCriterion::kRandom ? need_ : chance, eligible, Source::kNone,
+           AtomOrder::kLargest, update.random_key);
+    }
+    grow(need_, dropped, Source::kDrop, AtomOrder::kLargest, update.drop_key);
+    grow(need_, eligible, Source::kNone, AtomOrder::kLargest, update.random_key);
+    grow(need_, inactive, Source::kNone, AtomOrder::kLargest, update.random_key);
+    EXPECT_EQ(need_, 0);
+  }
+
+  std::vector<PackedMask> masks;
+
+ private:
+  enum class Source { kDrop, kGrow, kNone };
+
+  std::vector<std::ptrdiff_t> all() const {
+    std::vector<std::ptrdiff_t> places(units_.size());
+    std::iota(places.begin(), places.end(), 0);
+    return places;
+  }
+  std::vector<PackedMask> empty() const {
+    std::vector<PackedMask> result;
+    for (const Atoms& unit : units_) result.emplace_back(unit.rows, unit.cols);
+    return result;
+  }
+  std::vector<Ranked> ranked(const std::vector<std::ptrdiff_t>& places,
+                             const std::vector<PackedMask>& candidates, Source source,
+                             AtomOrder order, RandomKey key) const {
+    std::vector<Ranked> list;
+    for (size_t i = 0; i < places.size(); ++i) {
+      const auto u = static_cast<size_t>(places[i]);
+      for (int64_t a = 0; a < candidates[i].num_places(); ++a) {
+        if (!candidates[i].test(a)) continue;
+        const auto place = static_cast<size_t>(a);
+        float score = source == Source::kDrop   ? units_[u].scores[place]
+                      : source == Source::kGrow ? units_[u].other[place]
+                                                : 0;
+        if (order == AtomOrder::kSmallest) score = -score;
+        const auto index = static_cast<uint32_t>(units_[u].first_atom + a);
+        list.push_back({score, kernels::tie_bits(key, index), u, a});
+      }
+    }
+    std::sort(list.begin(), list.end(), [](const Ranked& a, const Ranked& b) {
+      return std::tuple(a.score, a.tie) > std::tuple(b.score, b.tie);
+    });
+    return list;
+  }
+  int64_t grow(int64_t count, const std::vector<PackedMask>& candidates, Source source,
+               AtomOrder order, RandomKey key) {
+    int64_t grown = 0;
+    for (const Ranked& atom : ranked(all(), candidates, source, order, key)) {
+      if (grown >= count || need_ <= 0) break;
+      const Atoms& unit = units_[atom.unit];
+      PackedMask& mask = masks[atom.unit];
+      if (mask.test(atom.atom) || (unit.highest >= 0 && mask.count() >= unit.highest)) continue;
+      mask.set(atom.atom, true);
+      ++grown;
+      --need_;
+    }
+    return grown;
+  }
+
+  const std::vector<Atoms>& units_;
+  const UpdateRule& rule_;
+  int64_t need_ = 0;
+};
+
+TEST(SparseGlobal, Update) {
+  int64_t num_cases = 0;
+  for (uint64_t seed = 0; seed < 40; ++seed) {
+    std::vector<Atoms> units = some_units(seed, 0.4 + 0.2 * static_cast<double>(seed % 7));
+    int64_t total = 0;
+    for (size_t u = 0; u < units.size(); ++u) {
+      Atoms& unit = units[u];
+      unit.lowest = std::min(unit.mask.count(), unit.rows);
+      if (seed % 3 == 1) unit.highest = unit.mask.count() + static_cast<int64_t>(u);
+      unit.is_skipped = seed % 4 == 3 && u == 2;
+      total += unit.mask.count();
+    }
+    if (seed % 5 == 4) {  // no gradient anywhere but in one atom
+      for (Atoms& unit : units) std::fill(unit.other.begin(), unit.other.end(), 0.0f);
+      units[0].other[5] = 1;
+    }
+    for (const GrowCriterion grow : {GrowCriterion::kRandom, GrowCriterion::kGrad,
+                                     GrowCriterion::kUnfired, GrowCriterion::kNone}) {
+      UpdateRule rule;
+      rule.grow = grow;
+      rule.exclude_just_dropped = seed % 2 == 0;
+      rule.random_share = seed % 3 == 2 ? 0.3 : 0;
+      UpdateOfAll update;
+      update.fraction = static_cast<double>(seed % 6) / 5;
+      update.target = seed % 7 == 0 ? total : total - static_cast<int64_t>(seed) * 10;
+      update.drop_key = random_key(seed).with(1);
+      update.grow_key = random_key(seed).with(2);
+      update.random_key = random_key(seed).with(3);
+      const PlainUpdate plain(units, rule, update);
+      ++num_cases;
+      for (const int num_ranks : {1, 2, 3}) {
+        comm::run_local(num_ranks, [&](const comm::Group& world) {
+          std::vector<UpdatePart> parts;
+          std::vector<size_t> places;
+          for (size_t u = 0; u < units.size(); ++u) {
+            const std::vector<int> holders = holders_of(u, num_ranks);
+            if (std::find(holders.begin(), holders.end(), world.rank()) == holders.end()) continue;
+            places.push_back(u);
+            UpdatePart part;
+            part.place = static_cast<int64_t>(u);
+            part.first_atom = units[u].first_atom;
+            part.is_counted = holders[0] == world.rank();
+            part.is_skipped = units[u].is_skipped;
+            part.lowest = units[u].lowest;
+            part.highest = units[u].highest;
+            part.input.active = &units[u].mask;
+            part.input.drop_scores = units[u].scores.data();
+            part.input.grow_scores = units[u].other.data();
+            part.input.ever_active = &units[u].ever_active;
+            parts.push_back(part);
+          }
+          const auto changes =
+              update_over_ranks(parts, rule, update, static_cast<int64_t>(units.size()), world);
+          for (size_t i = 0; i < changes.size(); ++i) {
+            const Atoms& unit = units[places[i]];
+            EXPECT_EQ(changes[i].mask, plain.masks[places[i]])
+                << "seed " << seed << " unit " << places[i] << " P=" << num_ranks << " grow "
+                << static_cast<int>(grow);
+            EXPECT_EQ(without(unit.mask, changes[i].dropped) | changes[i].grown, changes[i].mask);
+            EXPECT_EQ(changes[i].num_grown, changes[i].grown.count());
+            EXPECT_GE(changes[i].mask.count(), unit.lowest);
+          }
+        });
+        if (::testing::Test::HasFailure()) return;
+      }
+    }
+  }
+  EXPECT_EQ(num_cases, 160);
+}
+
+SparsifierConfig shared_config(Distribution distribution, GrowCriterion grow) {
+  SparsifierConfig config;
+  config.budget.distribution = distribution;
+  config.budget.density = 0.25;
+  config.budget.load_power = 1;
+  config.rule.grow = grow;
+  config.schedule.every = 1;
+  config.schedule.end = 200;
+  config.schedule.alpha = 0.5;
+  config.schedule.anneal = Anneal::kConstant;
+  config.min_rows = 1;
+  return config;
+}
+
+/// Four experts of 6x8; rows of each by step.
+struct FourExperts {
+  at::Tensor weight = normal({4, 6, 8}, 5).requires_grad_(true);
+  std::vector<SparseUnit> units() const {
+    std::vector<SparseUnit> all = expert_units("w1", weight, 0, Matrix::kW1, {0, 1, 2, 3});
+    for (SparseUnit& unit : all) unit.counts_rows = true;
+    return all;
+  }
+  UpdateReport step(Sparsifier& sparsifier, torch::optim::Optimizer& optimizer, int64_t number,
+                    const std::vector<int64_t>& rows, const std::vector<double>& scales) const {
+    sparsifier.begin_step(number);
+    optimizer.zero_grad();
+    at::Tensor loss = weight.sum() * 0;
+    for (int64_t e = 0; e < 4; ++e) {
+      const auto place = static_cast<size_t>(e);
+      const uint64_t seed = static_cast<uint64_t>(10 * number + e);
+      const at::Tensor x = normal({rows[place], 8}, seed);
+      const at::Tensor y = normal({rows[place], 6}, seed + 7'777);
+      const at::Tensor error = x.mm(weight.select(0, e).t()) - y;
+      loss = loss + error.square().sum() * scales[place];
+      sparsifier.count_rows(sparsifier.units()[place].key, rows[place]);
+    }
+    loss.backward();
+    const UpdateReport report = sparsifier.end_backward(number);
+    optimizer.step();
+    sparsifier.end_step(number);
+    return report;
+  }
+};
+
+TEST(SparseGlobal, Floors) {
+  at::set_num_threads(1);
+  for (const Distribution distribution : {Distribution::kGlobal, Distribution::kLoad}) {
+    for (const GrowCriterion grow :
+         {GrowCriterion::kGrad, GrowCriterion::kRandom, GrowCriterion::kUnfired}) {
+      for (const bool has_bounds : {false, true}) {
+        FourExperts model;
+        {
+          const at::NoGradGuard no_grad;
+          model.weight.select(0, 1).mul_(1e-3);  // first to go
+        }
+        SparsifierConfig config = shared_config(distribution, grow);
+        if (has_bounds) {
+          config.budget.floor = Density::ratio(10, 48);
+          config.budget.ceiling = Density::ratio(16, 48);
+        }
+        const int64_t floor = has_bounds ? 10 : 6, ceiling = has_bounds ? 16 : 48;
+        Sparsifier sparsifier(model.units(), config);
+        torch::optim::SGD optimizer({model.weight}, torch::optim::SGDOptions(0.001));
+        sparsifier.attach(optimizer);
+        EXPECT_EQ(sparsifier.nnz(), 48);
+        int64_t least = 48, most = 0;
+        for (int64_t step = 0; step < 200; ++step) {
+          // Expert 1 has small gradients and few rows, expert 3 none at all for a time.
+          const bool is_idle = step >= 50 && step < 100;
+          model.step(sparsifier, optimizer, step, {9, 1, 30, is_idle ? 0 : 5}, {1, 1e-6, 2, 1});
+          ASSERT_EQ(sparsifier.nnz(), 48) << step;
+          for (const SparseUnit& unit : sparsifier.units()) {
+            const int64_t nnz = sparsifier.stats(unit.key).nnz;
+            ASSERT_GE(nnz, floor) << unit.name << " " << step;
+            ASSERT_LE(nnz, ceiling) << unit.name << " " << step;
+            least = std::min(least, nnz);
+            most = std::max(most, nnz);
+          }
+        }
+        // The bounds are met, not only kept, where growth does not fall on all units by chance.
+        const bool is_by_chance =
+            distribution == Distribution::kGlobal && grow != GrowCriterion::kGrad;
+        if (is_by_chance) continue;
+        EXPECT_EQ(least, floor) << static_cast<int>(grow);
+        if (has_bounds) {
+          EXPECT_EQ(most, ceiling);
+        } else {
+          EXPECT_GT(most, 14);
+        }
+      }
+    }
+  }
+}
+
+TEST(SparseGlobal, Moves) {
+  FourExperts model;
+  const SparsifierConfig config = shared_config(Distribution::kGlobal, GrowCriterion::kGrad);
+  Sparsifier sparsifier(model.units(), config);
+  torch::optim::SGD optimizer({model.weight}, torch::optim::SGDOptions(0.001));
+  sparsifier.attach(optimizer);
+  for (int64_t step = 0; step < 30; ++step) {
+    const UpdateReport report =
+        model.step(sparsifier, optimizer, step, {9, 9, 9, 0}, {1, 1, 20, 1});
+    ASSERT_EQ(report.units.size(), 4u);
+    // Expert 3 has no rows: nothing goes or comes.
+    EXPECT_EQ(report.units[3].skipped, SkipReason::kFewRows);
+    EXPECT_EQ(report.units[3].num_dropped + report.units[3].num_grown, 0);
+    ASSERT_EQ(sparsifier.stats(sparsifier.units()[3].key).nnz, 12);
+    int64_t num_dropped = 0, num_grown = 0;
+    for (const UnitUpdate& unit : report.units) {
+      num_dropped += unit.num_dropped;
+      num_grown += unit.num_grown;
+    }
+    EXPECT_EQ(num_dropped, num_grown);
+    EXPECT_LE(num_dropped, 18);  // half of 36
+  }
+  const auto nnz = [&](size_t e) { return sparsifier.stats(sparsifier.units()[e].key).nnz; };
+  EXPECT_GT(nnz(2), nnz(0));
+  EXPECT_GT(nnz(2), nnz(1));
+  EXPECT_EQ(nnz(0) + nnz(1) + nnz(2), 36);
+}
+
+TEST(SparseGlobal, Load) {
+  // Shares against the formula, without bounds in the way.
+  std::vector<BudgetUnit> units;
+  for (const double load : {0.25, 1.0, 2.0, 0.75}) {
+    BudgetUnit unit;
+    unit.name = "u";
+    unit.out = 40;
+    unit.in = 50;
+    unit.load = load;
+    units.push_back(unit);
+  }
+  Budget budget;
+  budget.distribution = Distribution::kLoad;
+  budget.density = 0.1;
+  EXPECT_EQ(allocate(budget, units).nnz, (std::vector<int64_t>{200, 200, 200, 200}));
+  budget.load_power = 1;
+  EXPECT_EQ(allocate(budget, units).nnz, (std::vector<int64_t>{50, 200, 400, 150}));
+  budget.load_power = 0.5;  // 0.5, 1, 1.414, 0.866 of 3.780
+  EXPECT_EQ(allocate(budget, units).nnz, (std::vector<int64_t>{106, 212, 299, 183}));
+  units[0].load = 0;
+  units[0].floor = 40;
+  units[2].ceiling = 300;
+  budget.load_power = 1;  // 40, then 760 as 1 : 2 : 0.75, then 460 as 1 : 0.75
+  EXPECT_EQ(allocate(budget, units).nnz, (std::vector<int64_t>{40, 263, 300, 197}));
+  budget.load_power = 1.5;
+  EXPECT_EQ(config_error([&] { allocate(budget, units); }),
+            "[sparse_budget] load_power=1.5 is outside [0, 1]");
+
+  for (const int64_t realloc_every : {1, 3}) {
+    FourExperts model;
+    SparsifierConfig config = shared_config(Distribution::kLoad, GrowCriterion::kRandom);
+    config.budget.realloc_every = realloc_every;
+    config.schedule.every = 2;
+    config.schedule.begin = 1;
+    Sparsifier sparsifier(model.units(), config);
+    torch::optim::SGD optimizer({model.weight}, torch::optim::SGDOptions(0.001));
+    sparsifier.attach(optimizer);
+    std::vector<int64_t> before = {12, 12, 12, 12};
+    std::vector<int64_t> rows_since(4, 0);
+    for (int64_t step = 0; step < 25; ++step) {
+      const std::vector<int64_t> rows = {8, 10 + 3 * (step % 5), 8 + step, 9};
+      for (size_t e = 0; e < 4; ++e) rows_since[e] += rows[e];
+      model.step(sparsifier, optimizer, step, rows, {1, 1, 1, 1});
+      std::vector<int64_t> now;
+      for (const SparseUnit& unit : sparsifier.units()) {
+        now.push_back(sparsifier.stats(unit.key).nnz);
+      }
+      EXPECT_EQ(std::accumulate(now.begin(), now.end(), int64_t{0}), 48);
+      const bool is_shared_anew = step % 2 == 1 && (step - 1) / 2 % realloc_every == 0;
+      if (is_shared_anew) {
+        std::vector<BudgetUnit> shares;
+        const int64_t sum = std::accumulate(rows_since.begin(), rows_since.end(), int64_t{0});
+        for (size_t e = 0; e < 4; ++e) {
+          BudgetUnit unit;
+          unit.name = "e";
+          unit.out = 6;
+          unit.in = 8;
+          unit.floor = 6;
+          unit.load = static_cast<double>(rows_since[e]) * 4 / static_cast<double>(sum);
+          shares.push_back(unit);
+        }
+        EXPECT_EQ(now, allocate(config.budget, shares).nnz) << step;
+        rows_since.assign(4, 0);
+      } else {
+        EXPECT_EQ(now, before) << step;
+      }
+      before = now;
+    }
+    EXPECT_GT(before[2], 15);
+  }
+
+  // An expert without rows falls to its floor and grows nothing.
+  FourExperts model;
+  const SparsifierConfig config = shared_config(Distribution::kLoad, GrowCriterion::kRandom);
+  Sparsifier sparsifier(model.units(), config);
+  torch::optim::SGD optimizer({model.weight}, torch::optim::SGDOptions(0.001));
+  sparsifier.attach(optimizer);
+  const UpdateReport report = model.step(sparsifier, optimizer, 0, {5, 0, 5, 5}, {1, 1, 1, 1});
+  EXPECT_EQ(report.units[1].skipped, SkipReason::kFewRows);
+  EXPECT_EQ(report.units[1].num_dropped, 6);
+  EXPECT_EQ(report.units[1].num_grown, 0);
+  for (size_t e = 0; e < 4; ++e) {
+    EXPECT_EQ(sparsifier.stats(sparsifier.units()[e].key).nnz, e == 1 ? 6 : 14);
+  }
+  EXPECT_EQ(config_error([&] {
+              Sparsifier({unit_of(normal({4, 4}, 1), 0)}, config);
+            }),
+            "[sparsifier] distribution=load needs rows, but nobody counts those of any unit");
+}
+
+TEST(SparseGlobal, Ranks) {
+  at::set_num_threads(1);
+  std::vector<SparsifierConfig> configs;
+  for (const GrowCriterion grow : {GrowCriterion::kGrad, GrowCriterion::kRandom}) {
+    SparsifierConfig config = config_of(grow);
+    config.budget.distribution = Distribution::kGlobal;
+    configs.push_back(config);
+    config.order = UpdateOrder::kAfterStep;
+    config.schedule.end = 13;
+    config.schedule.density_ramp.emplace();
+    config.budget.density = 0.35;
+    configs.push_back(config);
+    config = config_of(grow);
+    config.budget.distribution = Distribution::kLoad;
+    config.budget.load_power = 0.7;
+    config.budget.realloc_every = 2;
+    config.schedule.every = 2;
+    configs.push_back(config);
+  }
+  SparsifierConfig gmp = configs[1];
+  gmp.rule.grow = GrowCriterion::kNone;
+  configs.push_back(gmp);
+  for (size_t c = 0; c < configs.size(); ++c) {
+    const SparsifierConfig& config = configs[c];
+    const Trained one = train(1, 1, config);
+    EXPECT_EQ(one.totals.nnz, config.budget.density.of(708));
+    EXPECT_EQ(one.num_grown > 20, config.rule.grow != GrowCriterion::kNone) << c;
+    // Budgets did move.
+    std::map<int64_t, int64_t> numbers;
+    for (const UnitState& unit : one.state.units) {
+      if (unit.key.matrix == Matrix::kW2) ++numbers[unit.nnz];
+    }
+    EXPECT_GT(numbers.size(), 1u) << c;
+    for (const auto& [num_ranks, ep_size] : layouts()) {
+      SCOPED_TRACE("config " + std::to_string(c) + " P=" + std::to_string(num_ranks) +
+                   " ep=" + std::to_string(ep_size));
+      const Trained many = train(num_ranks, ep_size, config);
+      expect_close(many, one, 1e-11);
+      EXPECT_EQ(many.totals.num_updates, one.totals.num_updates);
+    }
+    const auto piece = [&](int num_ranks, int64_t ep_size, int64_t first, int64_t end,
+                           const Trained* from) {
+      RunOptions options;
+      options.first_step = first;
+      options.end_step = end;
+      options.from = from;
+      return train(num_ranks, ep_size, config, options);
+    };
+    const Trained a = piece(4, 2, 0, 4, nullptr);
+    const Trained b = piece(2, 1, 4, 9, &a);
+    expect_close(piece(8, 4, 9, 13, &b), one, 1e-11);
+    // The same ranks, from another step: bit for bit.
+    const Trained whole = piece(2, 2, 0, 13, nullptr), half = piece(2, 2, 0, 6, nullptr);
+    const Trained rest = piece(2, 2, 6, 13, &half);
+    EXPECT_EQ(whole.masks, rest.masks);
+    for (const auto& [key, weight] : whole.weights) {
+      EXPECT_TRUE(same_bits(weight, rest.weights.at(key))) << to_string(key);
+    }
+  }
+}
+
+TEST(SparseGlobal, Diverged) {
+  at::set_num_threads(1);
+  for (const int num_ranks : {1, 2, 4}) {
+    std::vector<std::string> texts(static_cast<size_t>(num_ranks));
+    comm::run_local(num_ranks, [&](const comm::Group& world) {
+      const ParallelGroups groups = make_parallel_groups(world);
+      SparseModel model(groups, false, std::make_shared<TableGate>());
+      SparsifierConfig config = config_of(GrowCriterion::kGrad);
+      config.budget.distribution = Distribution::kGlobal;
+      Sparsifier sparsifier(model.units(), config, groups);
+      const SparsifierState before = sparsifier.state_dict();
+      sparsifier.begin_step(1);
+      model.backward(1);
+      sum_gradients(model, groups);
+      for (const SparseUnit& unit : sparsifier.units()) {
+        if (unit.key.expert == 4 && unit.key.matrix == Matrix::kW2) {
+          unit.part_of(unit.parameter.mutable_grad()).fill_(std::nan(""));
+        }
+      }
+      try {
+        sparsifier.end_backward(1);
+      } catch (const Diverged& error) {
+        texts[static_cast<size_t>(world.rank())] = error.what();
+      }
+      const SparsifierState after = sparsifier.state_dict();
+      for (size_t u = 0; u < after.units.size(); ++u) {
+        EXPECT_EQ(after.units[u].mask, before.units[u].mask);
+      }
+    });
+    for (const std::string& text : texts) EXPECT_FALSE(text.empty());
+    EXPECT_NE(texts.back().find("step 1"), std::string::npos) << texts.back();
+  }
+}
+
+TEST(SparseGlobal, Presets) {
+  const std::vector<std::pair<const char*, SparsifierConfig>> configs = {
+      {"granet", presets::granet(0.25, 16, 4)},
+      {"granet from sparse", presets::granet(0.25, 16, 4, 0.5)},
+      {"gmp", presets::gmp(0.25, 16, 4)}};
+  for (const auto& [name, config] : configs) {
+    const at::Tensor experts = normal({2, 6, 8}, 5).requires_grad_(true);
+    Sparsifier sparsifier(expert_units("w1", experts, 0, Matrix::kW1, {0, 1}), config);
+    torch::optim::Adam optimizer({experts}, torch::optim::AdamOptions(0.01));
+    sparsifier.attach(optimizer);
+    EXPECT_EQ(sparsifier.nnz(), name == std::string("granet from sparse") ? 48 : 96);
+    int64_t num_grown = 0;
+    for (int64_t step = 0; step < 16; ++step) {
+      sparsifier.begin_step(step);
+      optimizer.zero_grad();
+      at::matmul(normal({9, 8}, static_cast<uint64_t>(step)), experts.transpose(1, 2))
+          .square()
+          .sum()
+          .backward();
+      EXPECT_TRUE(sparsifier.end_backward(step).units.empty()) << name;
+      optimizer.step();
+      const UpdateReport report = sparsifier.end_step(step);
+      EXPECT_EQ(report.units.size(), step % 4 == 0 && step < 12 ? 2u : 0u) << name;
+      for (const UnitUpdate& unit : report.units) num_grown += unit.num_grown;
+      const int64_t window = window_of(config.schedule, step);
+      EXPECT_EQ(sparsifier.nnz(), ramp_density(config.schedule, 0.25, window).of(96)) << name;
+    }
+    EXPECT_EQ(sparsifier.nnz(), 24) << name;
+    EXPECT_EQ(num_grown > 0, config.rule.grow == GrowCriterion::kGrad) << name;
+    for (const SparseUnit& unit : sparsifier.units()) {
+      EXPECT_EQ(sparsifier.stats(unit.key).num_updates, 3) << name;
+      EXPECT_GE(sparsifier.stats(unit.key).nnz, 6) << name;
+    }
+  }
+}
+
+TEST(SparseGlobal, Refused) {
+  FourExperts model;
+  const auto text = [&](const std::function<void(SparsifierConfig&)>& spoil) {
+    SparsifierConfig config = shared_config(Distribution::kGlobal, GrowCriterion::kGrad);
+    config.schedule.every = 4;
+    spoil(config);
+    return config_error([&] { Sparsifier(model.units(), config); });
+  };
+  EXPECT_EQ(text([](SparsifierConfig&) {}), "no ConfigError");
+  EXPECT_NE(text([](SparsifierConfig& c) {
+              c.schedule.stagger = true;
+            }).find("distribution=global needs all units to update in one step"),
+            std::string::npos);
+  EXPECT_NE(text([](SparsifierConfig& c) {
+              c.budget.distribution = Distribution::kLoad;
+              c.schedule.clock = Clock::kTokens;
+              c.schedule.mean_rows = 5;
+            }).find("distribution=load needs all units to update in one step"),
+            std::string::npos);
+  EXPECT_NE(text([](SparsifierConfig& c) {
+              c.structure = Structure::constant_fan_in();
+            }).find("selects atoms of any row"),
+            std::string::npos);
+  EXPECT_NE(text([](SparsifierConfig& c) {
+              c.structure = Structure::n_of_m(1, 4);
+            }).find("has nothing to share out under N:M"),
+            std::string::npos);
+  EXPECT_NE(text([](SparsifierConfig& c) {
+              c.rule.drop = DropCriterion::kSetSigned;
+            }).find("which set_signed has not"),
+            std::string::npos);
+  EXPECT_NE(text([](SparsifierConfig& c) {
+              c.schedule.grow_first = true;
+            }).find("grow_first=true does not go with distribution global"),
+            std::string::npos);
+  EXPECT_NE(text([](SparsifierConfig& c) {
+              c.budget.floor = 0.5;
+              c.budget.ceiling = 0.3;
+            }).find("leaves no multiple"),
+            std::string::npos);
+  EXPECT_NE(text([](SparsifierConfig& c) { c.budget.floor = 0.3; }).find("the floors need"),
+            std::string::npos);
+}
+
+}  // namespace
+}  // namespace perseid::testing
