@@ -61,8 +61,10 @@ UpdateReport Sparsifier::update(int64_t step) {
   for (const Proposal& proposal : proposals) {
     const bool is_skipped = proposal.report.skipped != SkipReason::kNotSkipped;
     units.push_back(proposal.unit);
-    fingerprints.push_back(
-        kernels::splitmix64(proposal.change.mask.fingerprint() ^ (is_skipped ? 1 : 0)));
+    // With the one before: a fixed budget would mend a bit that flipped, but others see its weight.
+    const uint64_t before = kernels::splitmix64(states_[proposal.unit].mask.fingerprint());
+    const uint64_t after = proposal.change.mask.fingerprint();
+    fingerprints.push_back(kernels::splitmix64(before ^ after ^ (is_skipped ? 1 : 0)));
   }
   require_same_fingerprints(units, fingerprints, "mask", site);
 
