@@ -8,6 +8,7 @@
 //               its floor or above its ceiling; small weights and idle experts come down to it
 //   Moves       a unit with larger gradients and weights takes from the others
 //   Load        closed form of the shares; reallocation every n-th update; idle units shrink only
+//   LoadResumes at each step, rows that change, also under a ramp: bit for bit
 //   Ranks       P = 1, 2, 4, any ep_size, and changes of P: the masks of one process
 //   Diverged    NaN names unit and step on every rank, and changes nothing
 //   Presets     granet, gmp: three updates reach the budget
@@ -606,6 +607,41 @@ TEST(SparseGlobal, Load) {
               Sparsifier({unit_of(normal({4, 4}, 1), 0)}, config);
             }),
             "[sparsifier] distribution=load needs rows, but nobody counts those of any unit");
+}
+
+TEST(SparseGlobal, LoadResumes) {
+  at::set_num_threads(1);
+  for (const bool ramps : {false, true}) {
+    for (int64_t stop = 0; stop < 24; ++stop) {
+      SparsifierConfig config = shared_config(Distribution::kLoad, GrowCriterion::kRandom);
+      config.budget.realloc_every = 3;
+      config.schedule.every = 2;
+      config.schedule.end = 25;
+      if (ramps) config.schedule.density_ramp.emplace();
+      FourExperts model, other;
+      Sparsifier sparsifier(model.units(), config), resumed(other.units(), config);
+      const torch::optim::SGDOptions options(0.001);
+      torch::optim::SGD optimizer({model.weight}, options), second({other.weight}, options);
+      sparsifier.attach(optimizer);
+      resumed.attach(second);
+      for (int64_t step = 0; step < 25; ++step) {
+        // Each expert is busy in its turn.
+        std::vector<int64_t> rows = {4, 5, 6, 7};
+        rows[static_cast<size_t>(step / 5 % 4)] += 20;
+        if (step == stop) {
+          other.weight.detach().copy_(model.weight.detach());
+          resumed.load(sparsifier.state_dict());
+        }
+        model.step(sparsifier, optimizer, step, rows, {1, 1, 1, 1});
+        if (step >= stop) other.step(resumed, second, step, rows, {1, 1, 1, 1});
+      }
+      EXPECT_EQ(sparsifier.nnz(), 48);
+      EXPECT_TRUE(at::equal(model.weight, other.weight)) << stop;
+      for (const SparseUnit& unit : sparsifier.units()) {
+        EXPECT_EQ(sparsifier.mask(unit.key), resumed.mask(unit.key)) << stop;
+      }
+    }
+  }
 }
 
 TEST(SparseGlobal, Ranks) {
