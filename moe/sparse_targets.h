@@ -23,9 +23,9 @@ size_t ramp_frame(const Schedule& schedule, int64_t window);
 
 /// Numbers of active weights of units under a density ramp. In each window they sum up to what
 /// allocate makes of the ramp's density, up to its rest, and each is a multiple of its granule and
-/// that allocation up to a granule or two: none ever rises, as each window stays between the one
-/// before it and the last, which is the budget's own allocation. Distributions without a density
-/// of all units (kEpsilon, kCustom) ramp each unit by itself, to its own.
+/// that allocation up to about two of the largest granules: none ever rises, as each window stays
+/// between the one before it and the last, which is the budget's own allocation. Distributions
+/// without a density of all units (kEpsilon, kCustom) ramp each unit by itself, to its own.
 class BudgetTargets {
  public:
   BudgetTargets() = default;

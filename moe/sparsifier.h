@@ -148,6 +148,7 @@ struct StepPlan {
   bool has_update() const;
 };
 
+/// A skipped update grows nothing; what a ramp or kLoad takes from the unit goes all the same.
 enum class SkipReason : uint8_t { kNotSkipped, kFewRows, kNoGradient };
 struct UnitUpdate {
   UnitKey key;
@@ -370,7 +371,7 @@ class Sparsifier {
   int64_t budget_rest_ = 0;
   std::vector<BudgetUnit> budget_units_;  ///< of known_
   BudgetTargets targets_;
-  /// Of each of known_, for the current update; those of other ranks under kLoad and a ramp only.
+  /// Of each of known_, for the current update; those of other ranks may be old under kLoad.
   std::vector<int64_t> targets_now_;
   std::vector<double> loads_now_;  ///< kLoad, if budgets are shared by this update; else empty
   double mean_rows_ = 0;           ///< of the token clock; 0: still being measured
