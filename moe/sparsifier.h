@@ -148,7 +148,8 @@ struct StepPlan {
   bool has_update() const;
 };
 
-/// A skipped update grows nothing; what a ramp or kLoad takes from the unit goes all the same.
+/// A skipped update grows nothing, except where a new M of nm_ramp makes a group lack atoms; what a
+/// ramp or kLoad takes from the unit goes all the same.
 enum class SkipReason : uint8_t { kNotSkipped, kFewRows, kNoGradient };
 struct UnitUpdate {
   UnitKey key;
