@@ -3,6 +3,7 @@
 
 #include "kernels/activation.h"
 #include "moe/activation_sparsity.h"
+#include "moe/effective_parts.h"
 #include "moe/experts.h"
 
 namespace perseid {
@@ -52,6 +53,8 @@ class GroupedMLP : public Experts {
  private:
   void require_parameters() const;
   GroupedMLPOptions options_;
+  std::shared_ptr<EffectiveParts> up_parts_ = std::make_shared<EffectiveParts>();
+  std::shared_ptr<EffectiveParts> down_parts_ = std::make_shared<EffectiveParts>();
 };
 
 struct GroupedLinearOptions {
@@ -79,6 +82,7 @@ class GroupedLinear : public Experts {
 
  private:
   GroupedLinearOptions options_;
+  std::shared_ptr<EffectiveParts> parts_ = std::make_shared<EffectiveParts>();
 };
 
 }  // namespace perseid

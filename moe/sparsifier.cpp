@@ -122,13 +122,16 @@ void Sparsifier::check_arguments() const {
       fail_sparsifier("clock", "tokens",
                       "needs the rows of " + unit.name + ", which nobody counts");
     }
-    if (config_.forward.is_soft() && unit.link == nullptr && !unit.uses_effective) {
+    if (config_.forward.is_soft() && unit.link == nullptr && unit.effective_parts == nullptr &&
+        !unit.uses_effective) {
       fail_sparsifier("forward", "soft",
                       "reaches nothing through " + unit.name +
                           ", whose layer computes with the weight itself; use SparseLinear, or "
                           "Sparsifier::effective and set uses_effective");
     }
-    if (unit.link != nullptr && unit.link->accumulate) {
+    const bool has_part = unit.effective_parts != nullptr &&
+                          unit.effective_parts->contains(unit.slot, unit.first_out);
+    if (has_part || (unit.link != nullptr && unit.link->accumulate)) {
       fail_sparsifier("units", unit.name, "belongs to another Sparsifier");
     }
   }
@@ -219,6 +222,9 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
 
 Sparsifier::~Sparsifier() {
   for (const SparseUnit& unit : units_) {
+    if (config_.forward.is_soft() && unit.effective_parts != nullptr) {
+      unit.effective_parts->erase(unit.slot, unit.first_out);
+    }
     if (unit.link != nullptr) {
       *unit.link = {};
     } else if (unit.row_counts != nullptr) {

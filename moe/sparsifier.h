@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "moe/effective_parts.h"
 #include "moe/parallel_groups.h"
 #include "moe/row_counts.h"
 #include "moe/soft_mask.h"
@@ -64,8 +65,9 @@ struct SparseUnit {
   std::shared_ptr<RowCounts> row_counts;
   size_t row_slot = 0;
   bool counts_rows = false;  ///< Sparsifier::count_rows is called for this unit
-  /// Without a link: whoever owns the weight computes with Sparsifier::effective, as soft methods
-  /// need.
+  /// Without a link, for soft methods: the layer computes with effective_parts->of(parameter).
+  std::shared_ptr<EffectiveParts> effective_parts;
+  /// Without either: whoever owns the weight computes with Sparsifier::effective.
   bool uses_effective = false;
 
   at::Tensor weight() const;  ///< [out, in], detached, shares memory with the parameter
@@ -236,9 +238,9 @@ struct SparsifierState {
 /// Evaluate and save before the update of a step, not after it: grown weights are untrained.
 ///
 /// Under a soft method (config.forward) parameters and gradients are dense, and layers compute with
-/// effective(): SparseLinear does so by itself. begin_step chooses the masks from the weights and
-/// is collective then; mask, nnz and stats are those of the last step. An optimizer's own weight
-/// decay reaches all weights.
+/// effective(): SparseLinear and grouped experts do so by themselves. begin_step chooses the masks
+/// from the weights and is collective then; mask, nnz and stats are those of the last step. An
+/// optimizer's own weight decay reaches all weights.
 class Sparsifier {
  public:
   /// Draws the first masks and sets inactive weights to 0. Throws ConfigError for a unit that is
