@@ -26,11 +26,13 @@ SparsifierConfig mask_decay(const SparsityOptions& sparsity, int64_t num_steps) 
   return config;
 }
 
-SparsifierConfig preset_of(const SparsityOptions& sparsity, int64_t num_steps) {
-  // Exact: 1 - 0.9 in floating point is not 0.1.
+/// Exact: 1 - 0.9 in floating point is not 0.1.
+Density density_of(const SparsityOptions& sparsity) {
   const Density zeros(sparsity.sparsity);
-  const Density density =
-      Density::ratio(zeros.denominator() - zeros.numerator(), zeros.denominator());
+  return Density::ratio(zeros.denominator() - zeros.numerator(), zeros.denominator());
+}
+
+SparsifierConfig preset_of(const SparsityOptions& sparsity, int64_t num_steps) {
   const auto [n, m] = sparsity.n_of_m;
   switch (sparsity.method) {
     case SparseMethod::kNmDst:
@@ -46,12 +48,12 @@ SparsifierConfig preset_of(const SparsityOptions& sparsity, int64_t num_steps) {
       return presets::sdgf_geo(n, m, num_steps);
     case SparseMethod::kNone:
     case SparseMethod::kStatic:
-      return presets::static_mask(density);
+      return presets::static_mask(density_of(sparsity));
     case SparseMethod::kSet:
     case SparseMethod::kRigl:
       break;
   }
-  return presets::rigl(density, num_steps, sparsity.every);
+  return presets::rigl(density_of(sparsity), num_steps, sparsity.every);
 }
 
 }  // namespace
