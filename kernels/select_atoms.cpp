@@ -2,7 +2,7 @@
 // limit that exactly k reach. Large cells: histograms of 13 bits a pass from the top, of the scores
 // and only where these are equal of the ties, until few keys share the prefix; one more pass marks
 // what is above it and gathers what shares it, which nth_element parts. 2 passes for scores that
-// differ or are missing, 6 for equal ones; each reads the scores and the candidates' bits.
+// differ or are missing, 5 for equal ones; each reads the scores and the candidates' bits.
 #include "kernels/select_atoms.h"
 
 #include <algorithm>

@@ -1,12 +1,11 @@
 // Criteria with gradients over ranks (threads), float64: experts whose gradients lie in their
 // parameters, and a head of all ranks that hands over rows.
-//   SameMasks    P = 1, 2, 4, any ep_size: the masks of one process for sampled gradients (dense
-//   units,
-//                rows), momentum, and drops by gradients; weights within 1e-11
-//   LinkSums     what links are given is summed over ranks with its sign, energies too
-//   Checkpoint   P 4 -> 2 -> 8 inside windows and averages: the run of one process; the same P: bit
-//   for
-//                bit
+//   SameMasks      P = 1, 2, 4, any ep_size: the masks of one process for sampled gradients (units,
+//                  rows), momentum, and drops by gradients; weights within 1e-11
+//   LinkSums       what links are given is summed over ranks with its sign, energies too
+//   NothingToGrow  a fraction of 0 has no candidates, and an update that changes nothing
+//   Checkpoint     P 4 -> 2 -> 8 inside windows and averages: the run of one process; the same P:
+//                  bit for bit
 #include <ATen/Parallel.h>
 #include <gtest/gtest.h>
 
@@ -114,6 +113,29 @@ TEST(SparseCriteriaRanks, LinkSums) {
       });
     }
     for (const PackedMask& mask : masks) EXPECT_EQ(mask, masks[0]);
+  }
+}
+
+TEST(SparseCriteriaRanks, NothingToGrow) {
+  at::set_num_threads(1);
+  for (const int num_ranks : {1, 2}) {
+    comm::run_local(num_ranks, [&](const comm::Group& world) {
+      const ParallelGroups groups = make_parallel_groups(world);
+      Head head;
+      SparsifierConfig config = config_of(GrowCriterion::kSampledGrad);
+      config.schedule.alpha = 0;
+      Sparsifier sparsifier({head.linear->unit()}, config, groups);
+      const PackedMask before = sparsifier.mask({1});
+      for (int64_t step = 0; step < 3; ++step) {
+        sparsifier.begin_step(step);
+        head.linear->forward(normal({5, 12}, 1)).sum().backward();
+        sum_gradients(head, groups);
+        sparsifier.end_backward(step);
+        sparsifier.end_step(step);
+      }
+      EXPECT_EQ(sparsifier.mask({1}), before);
+      EXPECT_EQ(sparsifier.stats({1}).num_updates, 1);
+    });
   }
 }
 

@@ -1,21 +1,20 @@
 // Drop and grow criteria beyond magnitudes and dense gradients, one process.
 //   DropScores        |w| + lambda |g| and |w g| by hand; blocks, ragged ones too, by brute force
 //   DropGradient      the gradient is that of the steps that end with the update's, at active
-//   entries,
-//                     before clipping, in every order; the dropped are those of an oracle with ties
+//                     entries, before clipping, in every order; the dropped are those of an oracle
+//                     with ties
 //   NoDropGradient    kTaylor without a gradient is skipped, kMest is magnitude
 //   Candidates        exact numbers in one cell, in rows and in N:M; a function of its arguments;
-//   as
-//                     likely as any other
+//                     any inactive atom is as likely as another
 //   SampledGradient   equals autograd at the candidates: with a link in two passes and windows,
-//   without
-//                     one, every type, blocks with padding
+//                     without one, every type, blocks with padding
 //   SampledUpdate     the best of the candidates come, scores with ties; all inactive ones as
 //                     candidates: the masks of kGrad, bit for bit
 //   SampledBytes      no tensor as large as the weight beyond its masked gradient
 //   Momentum          the closed form of the average, with and without a link; frozen by `end`
 //   Progress          norm^2 / L by hand and by brute force; of a layer; refused without a link
 //   Resume            save, load, go on: the uninterrupted run, bit for bit, for each criterion
+//   LeftOutSteps      sums whose update was left out do not count for the next one
 //   NonFinite         what is looked at must be finite, and nothing else
 //   Refused           fields out of range; configurations that differ are told apart
 //   Presets           3 updates of two experts keep their budget
