@@ -64,6 +64,63 @@ SparsifierConfig rigl(const Density& density, int64_t total_steps, int64_t every
   return config;
 }
 
+SparsifierConfig set_official(double epsilon, int64_t steps_per_epoch, int64_t num_epochs,
+                              double zeta) {
+  SparsifierConfig config = set(epsilon, steps_per_epoch, num_epochs, zeta);
+  config.rule.exclude_just_dropped = false;
+  return config;
+}
+SparsifierConfig rigl_official(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.rule.exclude_just_dropped = false;
+  return config;
+}
+
+SparsifierConfig snfs(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.rule.grow = GrowCriterion::kMomentum;
+  config.order = UpdateOrder::kBeforeStep;
+  return config;
+}
+
+SparsifierConfig rigl_itop(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.schedule.end = total_steps;
+  config.schedule.alpha = 0.5;
+  config.schedule.alpha_min = 0.005;
+  config.order = UpdateOrder::kAfterStep;
+  return config;
+}
+SparsifierConfig dsl(int64_t total_steps, int64_t every, const Density& density) {
+  SparsifierConfig config = rigl_itop(density, total_steps, every);
+  config.budget.distribution = Distribution::kUniform;
+  return config;
+}
+
+SparsifierConfig sampled(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.budget.distribution = Distribution::kUniform;
+  config.rule.grow = GrowCriterion::kSampledGrad;
+  config.order = UpdateOrder::kBeforeStep;
+  return config;
+}
+
+SparsifierConfig rigl_block(const Density& density, int64_t total_steps, int64_t block,
+                            int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.budget.distribution = Distribution::kUniform;
+  config.structure = Structure::blocks(block, block);
+  config.schedule.stagger = true;
+  config.order = UpdateOrder::kBeforeStep;
+  return config;
+}
+SparsifierConfig greedy_block(const Density& density, int64_t total_steps, int64_t block,
+                              int64_t every) {
+  SparsifierConfig config = rigl_block(density, total_steps, block, every);
+  config.rule.grow = GrowCriterion::kGreedyProgress;
+  return config;
+}
+
 SparsifierConfig nm_dst(int64_t n, int64_t m, int64_t total_steps, int64_t every) {
   const SparsifierConfig cells = n_of_m(n, m);  // checks n and m first
   SparsifierConfig config = rigl(cells.budget.density, total_steps, every);

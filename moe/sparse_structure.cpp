@@ -39,6 +39,20 @@ at::Tensor by_atom(const AtomLayout& layout, const at::Tensor& values) {
       .permute({0, 2, 1, 3});
 }
 
+at::Tensor expanded(const PackedMask& positions) {
+  at::Tensor result = at::empty({positions.rows(), positions.cols()}, at::kBool);
+  kernels::expand_mask(positions.data(), positions.num_places(),
+                       static_cast<uint8_t*>(result.mutable_data_ptr()));
+  return result;
+}
+
+/// Whether kernels change these values in place.
+bool has_mask_kernel(const at::Tensor& values) {
+  const at::ScalarType type = values.scalar_type();
+  const bool is_known = type == at::kFloat || type == at::kDouble || type == at::kBFloat16;
+  return values.is_cpu() && values.is_contiguous() && is_known;
+}
+
 }  // namespace
 
 int64_t AtomLayout::smallest_budget() const {
@@ -129,23 +143,28 @@ PackedMask position_bits(const AtomLayout& layout, const PackedMask& mask) {
 }
 
 at::Tensor position_mask(const AtomLayout& layout, const PackedMask& mask) {
-  const PackedMask bits = position_bits(layout, mask);
-  at::Tensor result = at::empty({layout.out, layout.in}, at::kBool);
-  kernels::expand_mask(bits.data(), bits.num_places(),
-                       static_cast<uint8_t*>(result.mutable_data_ptr()));
-  return result;
+  return expanded(position_bits(layout, mask));
 }
 
 void zero_inactive(const PackedMask& positions, const at::Tensor& inactive,
                    const at::Tensor& values) {
-  const at::ScalarType type = values.scalar_type();
-  const bool has_kernel = type == at::kFloat || type == at::kDouble || type == at::kBFloat16;
-  if (!values.is_cpu() || !values.is_contiguous() || !has_kernel) {
+  if (!has_mask_kernel(values)) {
     values.masked_fill_(inactive, 0);
     return;
   }
   kernels::zero_inactive(positions.data(), positions.num_places(),
                          dtype_of(values, kSparseStructure), mutable_data_of(values));
+}
+
+void zero_at(const PackedMask& positions, const at::Tensor& values) {
+  if (!has_mask_kernel(values)) {
+    values.masked_fill_(expanded(positions).to(values.device()), 0);
+    return;
+  }
+  const PackedMask others =
+      without(PackedMask::full(positions.rows(), positions.cols()), positions);
+  kernels::zero_inactive(others.data(), others.num_places(), dtype_of(values, kSparseStructure),
+                         mutable_data_of(values));
 }
 
 int64_t count_positions(const AtomLayout& layout, const PackedMask& mask) {

@@ -84,6 +84,11 @@ PackedMask position_bits(const AtomLayout& layout, const PackedMask& mask);
 void zero_inactive(const PackedMask& positions, const at::Tensor& inactive,
                    const at::Tensor& values);
 
+/// Values of these positions become 0.
+/// @param positions  [out, in]
+/// @param values     [out, in]
+void zero_at(const PackedMask& positions, const at::Tensor& values);
+
 /// Active positions, padding left out.
 int64_t count_positions(const AtomLayout& layout, const PackedMask& mask);
 

@@ -124,8 +124,8 @@ struct SparsifierConfig {
   Forward forward;
   StatePolicy state;
   UpdateOrder order = UpdateOrder::kBeforeStep;
-  /// kGrad: an update looks at the sum of the gradients of this many steps, its own the last; one
-  /// in the first steps has fewer.
+  /// An update looks at the sum of the gradients of this many steps, its own the last; one in the
+  /// first steps has fewer. 1 for kMomentum, which looks at all steps.
   int64_t grad_accum = 1;
   /// An update is skipped if the unit had fewer rows since its last one. Units whose rows are
   /// counted only.
@@ -193,15 +193,19 @@ struct UnitState {
   int64_t num_rows = 0;  ///< since the last update
   int64_t num_updates = 0;
   int64_t num_skipped = 0;
-  double churn_sum = 0;      ///< of dropped / active atoms over the updates
-  int64_t total_rows = 0;    ///< since the start, with Clock::kTokens
-  int64_t window = -1;       ///< of its last update, with Clock::kTokens
-  at::Tensor grad_sum;       ///< [out, in], inside a window of grad_accum steps; else undefined
+  double churn_sum = 0;    ///< of dropped / active atoms over the updates
+  int64_t total_rows = 0;  ///< since the start, with Clock::kTokens
+  int64_t window = -1;     ///< of its last update, with Clock::kTokens
+  /// Inside a window of grad_accum steps, else undefined: [out, in]; kSampledGrad [1, positions of
+  /// the candidates]. kMomentum: the moving average, [out, in], until `end`.
+  at::Tensor grad_sum;
+  at::Tensor active_sum;     ///< of drop criteria with gradients: [1, active positions]
+  at::Tensor energy_sum;     ///< kGreedyProgress: [1, in] float64
   PackedMask backward;       ///< kTopKast: weights that the gradient reaches
   int64_t chosen_step = -1;  ///< soft methods: when `mask` was chosen
 };
 struct SparsifierState {
-  static constexpr int64_t kVersion = 2;
+  static constexpr int64_t kVersion = 3;
   int64_t version = kVersion;
   uint64_t config_hash = 0;
   double mean_rows = 0;           ///< of Clock::kTokens; 0: still being measured
@@ -304,18 +308,25 @@ class Sparsifier {
   Unit& find(const UnitKey& key);
   const Unit& find(const UnitKey& key) const;
   bool needs_gradient() const;
+  int64_t next_update(const Known& unit, int64_t step) const;
+  void begin_sources(int64_t step);
+  void take_link(size_t u, const at::Tensor& x, const at::Tensor& delta);
+  void add_sources(const comm::CallSite& site);
+  void forget_sources(Unit& unit) const;
   bool has_token_clock(const Known& unit) const;
   double mean_rows(int64_t step) const;
   double time_of(const Known& unit, int64_t step) const;
   bool is_due(const Known& unit, int64_t step) const;
   bool is_primary(size_t u) const;
   int64_t rows_here(size_t u) const;
-  void add_gradient(size_t u, const at::Tensor& gradient);
+  void add_gradient(size_t u, const at::Tensor& gradient, bool is_owned);
   void add_link_gradients(Holders holders, const comm::CallSite& site);
   std::vector<int64_t> summed_rows(const comm::CallSite& site) const;
   void sum_rows(const comm::CallSite& site);
   UpdateReport update(int64_t step);
   Proposal propose(size_t u, int64_t step);
+  at::Tensor drop_scores_of(size_t u) const;
+  at::Tensor grow_scores_of(size_t u) const;
   void apply(size_t u, int64_t step, const MaskUpdate& change);
   void set_mask(size_t u, PackedMask mask);
   void keep_active(size_t u, const at::Tensor& values) const;

@@ -24,12 +24,34 @@ const char* name_of(Cell cell) {
   return cell == Cell::kUnit ? "unit" : cell == Cell::kRow ? "row" : "group";
 }
 const char* name_of(DropCriterion drop) {
-  return drop == DropCriterion::kMagnitude ? "magnitude" : "set_signed";
+  switch (drop) {
+    case DropCriterion::kMagnitude:
+      return "magnitude";
+    case DropCriterion::kSetSigned:
+      return "set_signed";
+    case DropCriterion::kMest:
+      return "mest";
+    case DropCriterion::kTaylor:
+      return "taylor";
+  }
+  return "?";
 }
 const char* name_of(GrowCriterion grow) {
-  return grow == GrowCriterion::kRandom ? "random"
-         : grow == GrowCriterion::kGrad ? "grad"
-                                        : "unfired";
+  switch (grow) {
+    case GrowCriterion::kRandom:
+      return "random";
+    case GrowCriterion::kGrad:
+      return "grad";
+    case GrowCriterion::kUnfired:
+      return "unfired";
+    case GrowCriterion::kMomentum:
+      return "momentum";
+    case GrowCriterion::kSampledGrad:
+      return "sampled_grad";
+    case GrowCriterion::kGreedyProgress:
+      return "greedy_progress";
+  }
+  return "?";
 }
 const char* name_of(Anneal anneal) {
   switch (anneal) {
@@ -79,7 +101,9 @@ std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
       << structure.atom_cols << " group=" << structure.group_keep << ":" << structure.group
       << " pad=" << structure.pad << " drop=" << name_of(rule.drop)
       << " grow=" << name_of(rule.grow) << " random_share=" << rule.random_share
-      << " exclude_just_dropped=" << rule.exclude_just_dropped << " begin=" << schedule.begin
+      << " exclude_just_dropped=" << rule.exclude_just_dropped
+      << " mest_lambda=" << rule.mest_lambda << " momentum_decay=" << rule.momentum_decay
+      << " candidates_per_grown=" << rule.candidates_per_grown << " begin=" << schedule.begin
       << " end=" << schedule.end_step() << " every=" << schedule.every
       << " alpha=" << schedule.alpha << " anneal=" << name_of(schedule.anneal)
       << " power=" << schedule.power << " alpha_min=" << schedule.alpha_min

@@ -195,7 +195,7 @@ void Sparsifier::sum_rows(const comm::CallSite& site) {
 }
 
 /// Sums over the holders what links were given in this step, with its sign, and adds it to the sums
-/// of the window. All holders have the same units in the same order.
+/// of the window. All holders have the same units in the same order, and the same candidates.
 void Sparsifier::add_link_gradients(Holders holders, const comm::CallSite& site) {
   const comm::Group& group =
       holders == Holders::kAllRanks ? groups_.world : groups_.expert_replicas;
@@ -207,31 +207,58 @@ void Sparsifier::add_link_gradients(Holders holders, const comm::CallSite& site)
   }
   if (units.empty()) return;
   if (group.size() > 1) {
+    struct Sum {
+      at::Tensor* tensor;
+      std::vector<int64_t> sizes;
+      at::TensorOptions options;
+    };
+    std::vector<Sum> parts;
     int64_t count = 0;
-    for (const size_t u : units) count += states_[u].layout.out * states_[u].layout.in;
+    const auto add_part = [&](at::Tensor& tensor, int64_t rows, int64_t cols,
+                              const at::TensorOptions& options) {
+      parts.push_back({&tensor, {rows, cols}, options});
+      count += rows * cols;
+    };
+    for (const size_t u : units) {
+      Unit& state = states_[u];
+      const at::Tensor weight = units_[u].weight();
+      const at::TensorOptions options =
+          weight.options().dtype(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+      if (config_.rule.grow == GrowCriterion::kSampledGrad) {
+        add_part(state.link_gradient, 1, state.sampled.count(), options);
+      } else {
+        add_part(state.link_gradient, state.layout.out, state.layout.in, options);
+      }
+      if (config_.rule.grow == GrowCriterion::kGreedyProgress) {
+        add_part(state.link_energy, 1, state.layout.in, options.dtype(at::kDouble));
+      }
+    }
     const at::Tensor sums = at::empty({count}, at::kDouble).zero_();
     const auto for_each = [&](auto&& body) {
       int64_t first = 0;
-      for (const size_t u : units) {
-        const AtomLayout& layout = states_[u].layout;
-        body(states_[u],
-             sums.narrow(0, first, layout.out * layout.in).view({layout.out, layout.in}), u);
-        first += layout.out * layout.in;
+      for (const Sum& part : parts) {
+        const int64_t size = part.sizes[0] * part.sizes[1];
+        body(part, sums.narrow(0, first, size).view(part.sizes));
+        first += size;
       }
     };
-    for_each([](const Unit& state, const at::Tensor& part, size_t) {
-      if (state.link_gradient.defined()) part.copy_(state.link_gradient);
+    for_each([](const Sum& part, const at::Tensor& place) {
+      if (part.tensor->defined()) place.copy_(*part.tensor);
     });
     comm::all_reduce(sums.mutable_data_ptr<double>(), count, comm::ReduceOp::kSum, group, site);
-    for_each([this](Unit& state, const at::Tensor& part, size_t u) {
-      const at::Tensor weight = units_[u].weight();
-      state.link_gradient =
-          part.to(weight.device(), weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    for_each([](const Sum& part, const at::Tensor& place) {
+      *part.tensor = place.to(part.options, /*non_blocking=*/false, /*copy=*/true);
     });
   }
   for (const size_t u : units) {
-    if (states_[u].link_gradient.defined()) add_gradient(u, states_[u].link_gradient);
-    states_[u].link_gradient = at::Tensor();
+    Unit& state = states_[u];
+    add_gradient(u, state.link_gradient, /*is_owned=*/true);
+    state.link_gradient = at::Tensor();
+    if (state.link_energy.defined()) {
+      state.energy_sum =
+          state.energy_sum.defined() ? state.energy_sum.add_(state.link_energy) : state.link_energy;
+    }
+    state.link_energy = at::Tensor();
   }
 }
 

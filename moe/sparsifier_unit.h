@@ -33,10 +33,18 @@ struct Sparsifier::Unit {
   int64_t num_updates = 0;
   int64_t num_skipped = 0;
   double churn_sum = 0;
+  // What updates look at; see UnitState for shapes.
+  int64_t update_step = -1;  ///< that the current step's gradients count for; -1: none
   at::Tensor link_gradient;  ///< what the link was given in this step
-  at::Tensor grad_sum;       ///< over the steps of a window, over all ranks
-  int64_t nnz = 0;           ///< of the budget
-  SoftMask soft;             ///< soft methods only
+  at::Tensor link_energy;
+  at::Tensor grad_sum;  ///< over the steps of a window, over all ranks
+  at::Tensor active_sum;
+  at::Tensor energy_sum;
+  PackedMask candidates;         ///< kSampledGrad: atoms
+  PackedMask sampled;            ///< their positions
+  int64_t candidates_step = -1;  ///< update that they were drawn for
+  int64_t nnz = 0;               ///< of the budget
+  SoftMask soft;                 ///< soft methods only
 };
 
 /// What every rank knows of a unit of any rank; equal on all of them.

@@ -8,6 +8,7 @@
 
 #include "comm/agree.h"
 #include "moe/optimizer_states.h"
+#include "moe/sparse_criteria.h"
 #include "moe/sparse_optimizer.h"
 #include "moe/sparsifier_unit.h"
 #include "moe/tensor_types.h"
@@ -33,6 +34,13 @@ double mean_where(const at::Tensor& values, const at::Tensor& is_counted) {
   double sum = 0;
   for (int64_t i = 0; i < counted.numel(); ++i) sum += data[i];
   return sum / static_cast<double>(counted.numel());
+}
+
+/// Scores of atoms whose sign does not count: of single positions the values themselves, which are
+/// read where they lie if they can be.
+at::Tensor signed_scores(const AtomLayout& layout, const at::Tensor& values) {
+  if (!layout.is_elementwise()) return atom_scores(layout, values);
+  return values.to(at::kCPU, at::kFloat).contiguous();
 }
 
 }  // namespace
@@ -70,13 +78,13 @@ UpdateReport Sparsifier::update(int64_t step) {
     Unit& state = states_[proposal.unit];
     report.units.push_back(proposal.report);
     if (proposal.report.skipped != SkipReason::kNotSkipped) {
-      state.grad_sum = at::Tensor();
+      forget_sources(state);
       ++state.num_skipped;
       continue;
     }
     const int64_t num_active = state.mask.count();
     apply(proposal.unit, step, proposal.change);
-    state.grad_sum = at::Tensor();
+    forget_sources(state);
     state.num_rows = 0;
     ++state.num_updates;
     if (num_active > 0) {
@@ -85,6 +93,34 @@ UpdateReport Sparsifier::update(int64_t step) {
     }
   }
   return report;
+}
+
+at::Tensor Sparsifier::drop_scores_of(size_t u) const {
+  const Unit& state = states_[u];
+  const at::Tensor weight = units_[u].weight();
+  if (!drops_by_gradient(config_.rule.drop)) return signed_scores(state.layout, weight);
+  const at::Tensor gradient = state.active_sum.defined()
+                                  ? state.active_sum / static_cast<double>(config_.grad_accum)
+                                  : state.active_sum;
+  return drop_scores(state.layout, config_.rule, state.mask, weight, gradient);
+}
+
+/// Undefined where none are needed.
+at::Tensor Sparsifier::grow_scores_of(size_t u) const {
+  const Unit& state = states_[u];
+  switch (config_.rule.grow) {
+    case GrowCriterion::kRandom:
+    case GrowCriterion::kUnfired:
+      return {};
+    case GrowCriterion::kSampledGrad:
+      return listed_scores(state.layout, state.candidates, state.grad_sum);
+    case GrowCriterion::kGreedyProgress:
+      return progress_scores(state.layout, state.grad_sum, state.energy_sum);
+    case GrowCriterion::kGrad:
+    case GrowCriterion::kMomentum:
+      break;
+  }
+  return signed_scores(state.layout, state.grad_sum);
 }
 
 Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
@@ -96,18 +132,14 @@ Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
   const at::Tensor& gradient = state.grad_sum;
   if (known_[state.place].counts_rows && state.num_rows < config_.min_rows) {
     result.report.skipped = SkipReason::kFewRows;
-  } else if (needs_gradient() && !gradient.defined()) {
+  } else if (grows_by_score(config_.rule.grow) && !gradient.defined()) {
     result.report.skipped = SkipReason::kNoGradient;
   }
   if (result.report.skipped != SkipReason::kNotSkipped) return result;
 
-  const at::Tensor weight = unit.weight();
-  const at::Tensor drop_scores = config_.rule.drop == DropCriterion::kSetSigned
-                                     ? weight.to(at::kCPU, at::kFloat).contiguous()
-                                     : atom_scores(state.layout, weight);
-  const at::Tensor grow_scores =
-      needs_gradient() ? atom_scores(state.layout, gradient) : at::Tensor();
+  const at::Tensor drop_scores = drop_scores_of(u), grow_scores = grow_scores_of(u);
   UpdateInput input;
+  if (config_.rule.grow == GrowCriterion::kSampledGrad) input.candidates = &state.candidates;
   input.active = &state.mask;
   input.ever_active = &state.ever_active;
   input.drop_scores = drop_scores.const_data_ptr<float>();
@@ -135,14 +167,13 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
   const Unit& state = states_[u];
   if (change.num_dropped == 0 && change.num_grown == 0) return;
   const at::Tensor weight = unit.weight();
-  const at::Device device = weight.device();
-  const at::Tensor grown = position_mask(state.layout, change.grown).to(device);
-  const at::Tensor dropped = position_mask(state.layout, change.dropped).to(device);
-  const at::Tensor untouched = state.inactive.logical_or(dropped).logical_not_();
-  const at::Tensor changed = grown.logical_or(dropped);
-
-  weight.masked_fill_(changed, 0);
+  const auto flags_of = [&](const PackedMask& atoms) {
+    return position_mask(state.layout, atoms).to(weight.device());
+  };
+  at::Tensor grown;  // flags are made where they are needed: bits are enough for most
+  zero_at(position_bits(state.layout, change.grown | change.dropped), weight);
   if (config_.state.weight == GrownWeight::kNormal) {
+    grown = flags_of(change.grown);
     const at::Tensor start = normal_numbers(state.layout, weight.scalar_type() == at::kDouble,
                                             draw_key(config_.seed, step, unit.key, UnitDraw::kFill))
                                  .mul_(config_.state.weight_std)
@@ -159,12 +190,14 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
     const CompressedStates* const compressed = compressed_states(*optimizer);
     if (compressed != nullptr && compressed->is_compressed(unit.parameter)) continue;
     const OptimizerStates states = states_of(*optimizer, unit.parameter);
-    for (const at::Tensor& momentum : states.momentum) {
-      unit.part_of(momentum).masked_fill_(changed, 0);
-    }
+    const PackedMask changed = position_bits(state.layout, change.grown | change.dropped);
+    for (const at::Tensor& momentum : states.momentum) zero_at(changed, unit.part_of(momentum));
+    if (states.second_moment.empty()) continue;
+    if (!grown.defined()) grown = flags_of(change.grown);
+    const at::Tensor untouched = flags_of(without(state.mask, change.dropped));
     for (const at::Tensor& moments : states.second_moment) {
       const at::Tensor moment = unit.part_of(moments);
-      moment.masked_fill_(changed, 0);
+      zero_at(changed, moment);
       if (policy == GrownSecondMoment::kMean) {
         moment.masked_fill_(grown, mean_where(moment, untouched));
       } else if (policy == GrownSecondMoment::kGradient) {

@@ -366,7 +366,7 @@ TEST(SparseUnitRanks, LoadRefused) {
     return found;
   };
   std::string text = texts([](SparsifierState& s, int) { s.version = 1; });
-  EXPECT_EQ(count(text, "version=1 is not 2"), 4) << text;
+  EXPECT_EQ(count(text, "version=1 is not 3"), 4) << text;
   // A mask that one rank alone lacks, of an expert that it does not even hold.
   text = texts([](SparsifierState& s, int rank) {
     if (rank == 0) s.units.erase(s.units.end() - 2);

@@ -545,7 +545,7 @@ TEST(Sparsifier, LoadRefused) {
     return config_error([&] { sparsifier.load(bad); });
   };
   EXPECT_EQ(text([](SparsifierState& s) { s.version = 0; }),
-            "[sparsifier] version=0 is not 2, which this build reads");
+            "[sparsifier] version=0 is not 3, which this build reads");
   EXPECT_NE(text([](SparsifierState& s) { ++s.config_hash; }).find("resume with the one"),
             std::string::npos);
   EXPECT_EQ(text([](SparsifierState& s) { s.units.pop_back(); }),
