@@ -1,6 +1,7 @@
 // The network of the tutorial on sparse evolutionary training (Mocanu et al., IJCAI 2019):
 // 784-1000-1000-1000-10 on 2000 images of Fashion-MNIST with 3 % of its weights, chosen by static
-// masks, SET, RigL or Top-KAST; with one of each 8, by RigL or the soft methods; or dense.
+// masks, SET, RigL, SRigL, whole hidden units or Top-KAST; with one of each 8, by RigL or the soft
+// methods; or dense.
 //   sparse_mlp --dst set --epochs 400
 #include <ATen/ATen.h>
 #include <c10/core/GradMode.h>
@@ -159,10 +160,22 @@ SparsifierConfig config_of(const Options& options) {
   if (options.dst == "topkast") {
     config = presets::topkast(Density::ratio(81492, 2794000), 0.1, kStepsPerEpoch);
   }
-  const bool has_own_budget = config.structure.cell == Cell::kGroup || config.forward.is_soft();
+  if (options.dst == "neuron") {
+    // Of each hidden layer; its square between two of them: 85 of 1000 make 81 940 weights.
+    config = presets::neuron(0.085, total_steps, 200);
+    for (int64_t layer = 0; layer < 3; ++layer) {
+      config.neurons.links.push_back({UnitKey{layer}, UnitKey{layer + 1}});
+    }
+  }
+  const bool has_own_budget = config.structure.cell == Cell::kGroup ||
+                              config.structure.cell == Cell::kNeuron || config.forward.is_soft();
   if (options.dst == "static") config = presets::static_mask(0.1);
   if (options.dst == "rigl") config = presets::rigl(0.1, total_steps, 200);
-  if (options.dst == "rigl" || options.dst == "nm_dst") {
+  if (options.dst == "srigl") {
+    config = presets::srigl(0.1, total_steps, 0.3, 200);
+    config.ablation.kept = {"layer 3,*"};
+  }
+  if (config.rule.grow == GrowCriterion::kGrad) {
     config.schedule.begin = 200;  // the first steps have no 10 gradients yet
     config.grad_accum = 10;       // of 40 images each: a smaller sum chooses badly
   }
@@ -282,8 +295,8 @@ int main(int argc, char** argv) {
   Options options;
   CLI::App app("Sparse training of a small network on Fashion-MNIST");
   app.add_option("--dst", options.dst, "how the active weights are chosen")
-      ->check(one_of({"static", "set", "rigl", "nm_dst", "srste", "mdgf_lin", "mdgf_exp",
-                      "sdgf_step", "topkast", "dense"}))
+      ->check(one_of({"static", "set", "rigl", "srigl", "neuron", "nm_dst", "srste", "mdgf_lin",
+                      "mdgf_exp", "sdgf_step", "topkast", "dense"}))
       ->capture_default_str();
   app.add_option("--epochs", options.epochs, "of 50 steps")
       ->check(in_range<int64_t>(1, 100000))
