@@ -23,7 +23,7 @@ struct Ablation {
   double gamma = 0;
   FreeColumns free_columns = FreeColumns::kAtEnd;
   /// What the rows left cannot share equally: false, the first of them have one weight more each;
-  /// true, it is lost for good, as in SRigL's code.
+  /// true, it is lost for good, as in SRigL's code, and saved masks may have any smaller number.
   bool loses_rest = false;
   /// Patterns of names (* stands for any text) of weights whose rows all stay, as a network's last
   /// layer; each fits one. An expert's w2 always does: its rows are no hidden units.

@@ -29,7 +29,7 @@ size_t linked_matrix(const std::vector<NeuronMatrix>& matrices, const UnitKey& k
   return place;
 }
 
-void add_rows(HiddenLayer& layer, const std::vector<NeuronMatrix>& matrices, size_t place) {
+void link_rows(HiddenLayer& layer, const std::vector<NeuronMatrix>& matrices, size_t place) {
   const NeuronMatrix &rows = matrices[place], &columns = matrices[layer.columns_of];
   require(rows.out == columns.in, kSparseNeurons, ("rows of " + rows.name).c_str(), rows.out,
           "differ from the " + to_text(columns.in) + " columns of " + columns.name +
@@ -57,13 +57,13 @@ std::vector<HiddenLayer> hidden_layers(const std::vector<NeuronMatrix>& matrices
       UnitKey key = matrices[w2].key;
       key.matrix = matrix;
       const size_t place = find_matrix(matrices, key);
-      if (place < matrices.size()) add_rows(layer, matrices, place);
+      if (place < matrices.size()) link_rows(layer, matrices, place);
     }
     if (!layer.rows_of.empty()) layers.push_back(layer);
   }
   for (const NeuronLink& link : links) {
     HiddenLayer layer = start(linked_matrix(matrices, link.columns_of));
-    add_rows(layer, matrices, linked_matrix(matrices, link.rows_of));
+    link_rows(layer, matrices, linked_matrix(matrices, link.rows_of));
     layers.push_back(layer);
   }
   std::vector<bool> has_rows(matrices.size(), false), has_columns(matrices.size(), false);

@@ -17,6 +17,7 @@
 //   Turns         staggered: all matrices of an expert in one step
 //   Network       sparse linear maps with two coupled sides; the same proofs as for experts
 //   Preset        three updates of two experts keep the budget
+//   Bfloat16      a grown unit's master copy is its row
 //   Refused       texts
 #include "moe/sparse_neurons.h"
 
@@ -674,7 +675,9 @@ TEST(SparseNeuron, Network) {
       const PackedMask old_a = sparsifier.neurons({1}), old_b = sparsifier.neurons({2});
       // Each link says what the layer computes with.
       for (const SparseUnit& unit : sparsifier.units()) {
-        EXPECT_FALSE(unit.weight().masked_select(unit.link->inactive).ne(0).any().item<bool>());
+        const at::Tensor others =
+            position_mask(sparsifier.layout(unit.key), unit.link->active).logical_not();
+        EXPECT_FALSE(unit.weight().masked_select(others).ne(0).any().item<bool>());
         EXPECT_NEAR(unit.link->density,
                     static_cast<double>(sparsifier.stats(unit.key).nnz) /
                         static_cast<double>(unit.parameter.numel()),
@@ -695,7 +698,6 @@ TEST(SparseNeuron, Network) {
         const at::Tensor inactive =
             position_mask(sparsifier.layout(unit.key), sparsifier.mask(unit.key)).logical_not();
         EXPECT_FALSE(unit.weight().masked_select(inactive).ne(0).any().item<bool>());
-        EXPECT_TRUE(at::equal(unit.link->inactive, inactive));
         EXPECT_EQ(unit.link->active, sparsifier.mask(unit.key));
       }
       if (step % 3 == 1) {
@@ -784,6 +786,40 @@ TEST(SparseNeuron, Preset) {
   line << sparsifier.config();
   EXPECT_NE(line.str().find(" cell=neuron "), std::string::npos);
   EXPECT_NE(line.str().find(" candidates=4"), std::string::npos);
+}
+
+TEST(SparseNeuron, Bfloat16) {
+  at::set_num_threads(1);
+  const auto experts = std::make_shared<GroupedMLP>(GroupedMLPOptions(6, 40).seed(2),
+                                                    ExpertPlacement::contiguous(2, 1), 0);
+  experts->to(at::kBFloat16);
+  SparsifierConfig config = presets::neuron(0.5, 100, 5);
+  config.min_rows = 0;
+  Sparsifier sparsifier(experts->sparse_units(0), config);
+  SparseAdamW optimizer(experts->parameters(), torch::optim::AdamWOptions(0.1).weight_decay(0));
+  sparsifier.attach(optimizer);
+  int64_t num_grown = 0;
+  for (int64_t step = 0; step < 11; ++step) {
+    const PackedMask before = sparsifier.neurons(w2_of(1));
+    sparsifier.begin_step(step);
+    for (at::Tensor* parameter : {&experts->up_proj, &experts->down_proj}) {
+      parameter->mutable_grad() =
+          normal(parameter->sizes(), 9 + static_cast<uint64_t>(step), at::kBFloat16);
+    }
+    sparsifier.end_backward(step);
+    const Places grown = listed(without(sparsifier.neurons(w2_of(1)), before));
+    num_grown += static_cast<int64_t>(grown.size());
+    const at::Tensor rows = experts->up_proj[1].detach().clone();
+    for (const int64_t j : grown) experts->up_proj.mutable_grad()[1][j].zero_();
+    optimizer.step();
+    for (const int64_t j : grown) {  // no gradient, no step: the master copy is the new row
+      EXPECT_TRUE(rows[j].ne(0).all().item<bool>());
+      EXPECT_TRUE(at::equal(experts->up_proj[1][j], rows[j]));
+      EXPECT_TRUE(experts->down_proj[1].select(1, j).ne(0).all().item<bool>());
+    }
+    sparsifier.end_step(step);
+  }
+  EXPECT_EQ(num_grown, 4);  // of 20: 2, 1 and 1
 }
 
 TEST(SparseNeuron, Refused) {
