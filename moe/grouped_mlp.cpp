@@ -331,6 +331,7 @@ std::vector<SparseUnit> GroupedMLP::matrices() const {
     units.push_back(
         stacked_unit("w2", {0, id, Matrix::kW2}, down_proj, slot, 0, d_out(), down_parts_));
   }
+  for (SparseUnit& unit : units) unit.has_bias = options_.bias();
   return units;
 }
 

@@ -121,6 +121,23 @@ SparsifierConfig greedy_block(const Density& density, int64_t total_steps, int64
   return config;
 }
 
+SparsifierConfig srigl(const Density& density, int64_t total_steps, double gamma, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.structure = Structure::constant_fan_in();
+  config.ablation.gamma = gamma;
+  config.order = UpdateOrder::kAfterStep;
+  return config;
+}
+
+SparsifierConfig neuron(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.budget.distribution = Distribution::kUniform;
+  config.structure = Structure::coupled_neurons();
+  config.schedule.alpha = 0.1;
+  config.order = UpdateOrder::kBeforeStep;
+  return config;
+}
+
 SparsifierConfig nm_dst(int64_t n, int64_t m, int64_t total_steps, int64_t every) {
   const SparsifierConfig cells = n_of_m(n, m);  // checks n and m first
   SparsifierConfig config = rigl(cells.budget.density, total_steps, every);

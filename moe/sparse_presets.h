@@ -57,6 +57,18 @@ SparsifierConfig rigl_block(const Density& density, int64_t total_steps, int64_t
 SparsifierConfig greedy_block(const Density& density, int64_t total_steps, int64_t block = 64,
                               int64_t every = 100);
 
+/// SRigL (Lasby et al. 2024): RigL with constant fan-in, after the optimizer step; rows in which
+/// fewer than gamma of the fan-in matter lose it to the others. Without that it falls far behind
+/// below a density of 5 %. List the rows that stay, those of the last layer, in ablation.kept.
+/// @param gamma  0.3 for most networks, 0.95 for transformers; 0: no ablation
+SparsifierConfig srigl(const Density& density, int64_t total_steps, double gamma = 0.3,
+                       int64_t every = 100);
+
+/// Whole hidden units: those with the smallest weights go, those whose outgoing gradient would be
+/// largest come with fresh incoming weights. Slowly: new ones have much to learn. What is left is a
+/// smaller dense expert (compact_experts).
+SparsifierConfig neuron(const Density& density, int64_t total_steps, int64_t every = 500);
+
 // N of M neighbours along `in`. All but the first keep dense parameters while they train.
 
 /// RigL where each group of M keeps N.

@@ -78,6 +78,11 @@ AtomLayout make_layout(const Structure& structure, int64_t out, int64_t in,
   layout.rows = divided_up(out, structure.atom_rows);
   layout.cols = divided_up(in, structure.atom_cols);
   switch (structure.cell) {
+    case Cell::kNeuron:
+      require(structure.atom_rows == 1 && structure.atom_cols == 1, kSparseStructure, "atom",
+              to_text(structure.atom_rows) + "x" + to_text(structure.atom_cols),
+              "is not 1x1; hidden units are whole rows and columns already");
+      [[fallthrough]];
     case Cell::kUnit:
       layout.cells = {1, layout.num_atoms()};
       break;

@@ -37,7 +37,8 @@ enum class UnitDraw : uint64_t {
   kRandomGrow,
   kFill,
   kWeights,
-  kCandidates
+  kCandidates,
+  kNeuronPlaces
 };
 
 /// Key of the random numbers of one unit in one step: no rank and no order of calls in it.

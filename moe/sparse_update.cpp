@@ -88,10 +88,6 @@ bool is_all_zero(const PackedMask& atoms, const float* scores) {
   return for_each_atom(atoms, [&](int64_t atom) { return scores[atom] == 0.0f; });
 }
 
-int64_t part_of(double fraction, int64_t count) {
-  return static_cast<int64_t>(std::floor(fraction * static_cast<double>(count)));
-}
-
 /// a - b, but at least 0.
 std::vector<int64_t> lacking(const std::vector<int64_t>& a, const std::vector<int64_t>& b) {
   std::vector<int64_t> result(a.size());
@@ -124,6 +120,14 @@ void check(const AtomLayout& layout, const UpdateRule& rule, const UpdateInput& 
           "candidates", "given", "have active atoms among them");
   require(rule.grow != GrowCriterion::kUnfired || input.ever_active != nullptr, kUpdateMask,
           "ever_active", "null", "is missing; unfired needs it");
+  if (input.cell_targets == nullptr) return;
+  require(static_cast<int64_t>(input.cell_targets->size()) == layout.cells.num_cells, kUpdateMask,
+          "cell_targets", input.cell_targets->size(),
+          "are not one for each of " + to_text(layout.cells.num_cells) + " cells");
+  for (const int64_t count : *input.cell_targets) {
+    require(count >= 0 && count <= layout.cells.atoms_per_cell, kUpdateMask, "cell_targets", count,
+            "is outside [0, " + to_text(layout.cells.atoms_per_cell) + "], the atoms of a cell");
+  }
 }
 
 /// What grows by score: of each cell the best that have a gradient, up to k.
@@ -173,6 +177,10 @@ void validate(const UpdateRule& rule) {
           "cannot be kept by sampled_grad, whose candidates are inactive before the update");
 }
 
+int64_t share_of(double fraction, int64_t count) {
+  return static_cast<int64_t>(std::floor(fraction * static_cast<double>(count)));
+}
+
 MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const UpdateInput& input) {
   check(layout, rule, input);
   const PackedMask& active = *input.active;
@@ -180,10 +188,13 @@ MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const U
   const int64_t target = input.target < 0 ? num_active : input.target;
   require(target <= layout.num_atoms(), kUpdateMask, "target", target,
           "exceeds num_atoms=" + to_text(layout.num_atoms()));
-  require(target % layout.cells.num_cells == 0, kUpdateMask, "target", target,
-          "is not a multiple of num_cells=" + to_text(layout.cells.num_cells));
-  const std::vector<int64_t> target_of(static_cast<size_t>(layout.cells.num_cells),
-                                       target / layout.cells.num_cells);
+  require(input.cell_targets != nullptr || target % layout.cells.num_cells == 0, kUpdateMask,
+          "target", target, "is not a multiple of num_cells=" + to_text(layout.cells.num_cells));
+  std::vector<int64_t> target_of(static_cast<size_t>(layout.cells.num_cells),
+                                 target / layout.cells.num_cells);
+  if (input.cell_targets != nullptr) target_of = *input.cell_targets;
+  const PackedMask barred =
+      input.barred != nullptr ? *input.barred : PackedMask(layout.rows, layout.cols);
 
   const MaskUpdate unchanged{active, PackedMask(layout.rows, layout.cols),
                              PackedMask(layout.rows, layout.cols)};
@@ -197,19 +208,20 @@ MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const U
     const PackedMask negative = filtered(active, [&](int64_t a) { return drop_scores[a] < 0; });
     const PackedMask others = without(active, negative);
     dropped = selector.in_unit(kWorst, drop_scores, negative,
-                               part_of(input.fraction, negative.count()), input.drop_key) |
-              selector.in_unit(kWorst, drop_scores, others, part_of(input.fraction, others.count()),
-                               input.drop_key);
+                               share_of(input.fraction, negative.count()), input.drop_key) |
+              selector.in_unit(kWorst, drop_scores, others,
+                               share_of(input.fraction, others.count()), input.drop_key);
   } else {
     if (rule.drop == DropCriterion::kTaylor && num_active > 0 && is_all_zero(active, drop_scores)) {
       MaskUpdate result = unchanged;
       result.has_no_gradient = true;
       return result;
     }
-    const int64_t num_drop = part_of(input.fraction, num_active) + num_active - target;
+    const int64_t num_drop = share_of(input.fraction, num_active) + num_active - target;
     dropped = selector.in_unit(kWorst, drop_scores, active, std::max<int64_t>(0, num_drop),
                                input.drop_key);
   }
+  dropped = dropped | (active & barred);
   // Cells that have more than their target without growing lose the rest, too.
   PackedMask kept = without(active, dropped);
   if (const auto too_many = lacking(selector.counts(kept), target_of); is_any(too_many)) {
@@ -220,12 +232,13 @@ MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const U
   // Who comes.
   PackedMask eligible = without(PackedMask::full(layout.rows, layout.cols), active);
   if (!rule.exclude_just_dropped) eligible = eligible | dropped;
+  eligible = without(eligible, barred);
   const std::vector<int64_t> need = lacking(target_of, selector.counts(kept));
   MaskUpdate result = unchanged;
   PackedMask grown(layout.rows, layout.cols);
   if (rule.grow != GrowCriterion::kRandom && is_any(need)) {
     std::vector<int64_t> by_score = need;
-    for (int64_t& count : by_score) count -= part_of(rule.random_share, count);
+    for (int64_t& count : by_score) count -= share_of(rule.random_share, count);
     if (grows_by_score(rule.grow)) {
       grown = grown_by_score(rule, input, eligible, by_score, selector, result);
       if (result.has_no_gradient) return result;
@@ -251,11 +264,14 @@ MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const U
     fill(AtomOrder::kLargest, nullptr, eligible, need, input.random_key);
   } else if (rule.random_share > 0) {
     std::vector<int64_t> by_chance = need;
-    for (int64_t& count : by_chance) count = part_of(rule.random_share, count);
+    for (int64_t& count : by_chance) count = share_of(rule.random_share, count);
     fill(AtomOrder::kLargest, nullptr, eligible, by_chance, input.random_key);
   }
-  fill(AtomOrder::kLargestMagnitude, drop_scores, without(active, kept),
-       lacking(need, selector.counts(grown)), input.drop_key);
+  const PackedMask may_stay = without(active, kept);
+  for (const PackedMask& stays : {without(may_stay, barred), may_stay}) {
+    fill(AtomOrder::kLargestMagnitude, drop_scores, stays, lacking(need, selector.counts(grown)),
+         input.drop_key);
+  }
   fill(AtomOrder::kLargest, nullptr, eligible, lacking(need, selector.counts(grown)),
        input.random_key);
 

@@ -1,5 +1,6 @@
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "kernels/random.h"
 #include "moe/sparse_mask.h"
@@ -64,6 +65,11 @@ struct UpdateInput {
   const PackedMask* ever_active = nullptr;  ///< kUnfired: atoms that were active before
   double fraction = 0;                      ///< share of the active atoms that change, in [0, 1]
   int64_t target = -1;  ///< active atoms afterwards, a multiple of the cells; -1: as many as now
+  /// [cells] active atoms of each afterwards, instead of `target`; null: equal cells.
+  const std::vector<int64_t>* cell_targets = nullptr;
+  /// Atoms that go whatever their score and do not come, unless nothing else can keep the budget;
+  /// null: none.
+  const PackedMask* barred = nullptr;
   kernels::RandomKey drop_key, grow_key, random_key;
 };
 
@@ -78,9 +84,13 @@ struct MaskUpdate {
   bool has_no_gradient = false;
 };
 
+/// floor(fraction * count): how many of so many change.
+int64_t share_of(double fraction, int64_t count);
+
 /// Drops floor(fraction * active) atoms of the unit, or the fraction of each sign, plus those that
-/// `target` has too many of; then each cell grows what it lacks. Where a cell cannot grow enough,
-/// the best of its dropped atoms stay: the budget comes first.
+/// `target` has too many of, and those that cells have too many of; then each cell grows what it
+/// lacks. Where a cell cannot grow enough, the best of its dropped atoms stay: the budget comes
+/// first.
 /// Throws ConfigError for a fraction outside [0, 1] or a target that the cells cannot share
 /// equally.
 MaskUpdate update_mask(const AtomLayout& layout, const UpdateRule& rule, const UpdateInput& input);

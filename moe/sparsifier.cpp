@@ -103,6 +103,7 @@ void Sparsifier::check_arguments() const {
     require(config_.budget.density == own, kSparsifier, "density", config_.budget.density.value(),
             "differs from " + to_text(own.value()) + ", which N:M fixes; set that");
   }
+  check_neurons();
   for (size_t u = 0; u < units_.size(); ++u) {
     const SparseUnit& unit = units_[u];
     check_unit(unit);
@@ -176,10 +177,14 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
     keys.push_back(known.key);
     layouts.push_back(layout);
   }
-  const Allocation allocation = allocate(config_.budget, budget_units);
+  const bool has_neurons = config_.structure.cell == Cell::kNeuron;
+  std::vector<HiddenLayer> layers = know_hidden_layers();
+  const Allocation allocation =
+      has_neurons ? allocate_neurons(layers) : allocate(config_.budget, budget_units);
   budget_rest_ = allocation.rest;
   const std::vector<UnitKey>& all = config_.all_units.empty() ? keys : config_.all_units;
-  const std::vector<int64_t> offsets = update_offsets(config_.schedule, all);
+  const std::vector<int64_t> offsets =
+      has_neurons ? neuron_offsets(all) : update_offsets(config_.schedule, all);
   for (Known& known : known_) {
     const auto place = std::find(all.begin(), all.end(), known.key);
     if (place == all.end()) {
@@ -199,6 +204,7 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
     states.push_back(std::move(state));
   }
   states_ = std::move(states);
+  hold_hidden_layers(layers);
   if (config_.forward.is_soft()) {
     start_soft();
     return;
@@ -206,8 +212,10 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
   // Nothing is refused from here on: links point to this.
   for (size_t u = 0; u < units_.size(); ++u) {
     const SparseUnit& unit = units_[u];
-    set_mask(u, random_mask(states_[u].layout, states_[u].nnz,
-                            draw_key(config_.seed, 0, unit.key, UnitDraw::kFirstMask)));
+    set_mask(u, has_neurons
+                    ? crossings_of(u)
+                    : random_mask(states_[u].layout, states_[u].nnz,
+                                  draw_key(config_.seed, 0, unit.key, UnitDraw::kFirstMask)));
     if (unit.link != nullptr) {
       unit.link->accumulate = [this, u](const at::Tensor& x, const at::Tensor& delta) {
         states_[u].num_pending += x.size(0);
@@ -284,6 +292,7 @@ double Sparsifier::time_of(const Known& unit, int64_t step) const {
 
 bool Sparsifier::is_due(const Known& unit, int64_t step) const {
   const Schedule& schedule = config_.schedule;
+  if (is_freeing_step(unit, step)) return true;
   if (!has_token_clock(unit)) return is_update_step(schedule, step, unit.offset);
   if (step < schedule.begin || step >= schedule.end_step()) return false;
   return update_window(schedule, time_of(unit, step), unit.offset) > unit.window;
@@ -322,6 +331,7 @@ StepPlan Sparsifier::begin_step(int64_t step) {
                 " steps so far; train before begin=" + to_text(schedule.begin) + ", or set it");
     mean_rows_ = mean;
   }
+  remove_candidates();  // of a step that was not ended
   current_ = plan(step);
   due_.clear();
   for (size_t i = 0; i < known_.size(); ++i) {
@@ -331,6 +341,7 @@ StepPlan Sparsifier::begin_step(int64_t step) {
   begin_sources(step);
   is_started_ = true;
   last_step_ = step;
+  place_candidates(step);
   return current_;
 }
 
@@ -352,6 +363,7 @@ UpdateReport Sparsifier::end_backward(int64_t step) {
   require_step("end_backward", step);
   const c10::NoGradGuard no_grad;
   const comm::CallSite site{.operation = kSparsifier, .step = step};
+  remove_candidates();
   if (needs_gradient()) add_sources(site);
   if (config_.schedule.clock == Clock::kTokens) {
     sum_rows(site);
@@ -418,6 +430,9 @@ UnitStats Sparsifier::stats(const UnitKey& key) const {
   stats.num_skipped = unit.num_skipped;
   if (unit.num_updates > 0) stats.churn = unit.churn_sum / static_cast<double>(unit.num_updates);
   stats.fingerprint = unit.mask.fingerprint();
+  const PackedMask positions = position_bits(unit.layout, unit.mask);
+  stats.active_rows = active_rows(positions).count();
+  stats.active_columns = active_columns(positions).count();
   return stats;
 }
 

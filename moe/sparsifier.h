@@ -12,8 +12,10 @@
 #include "moe/parallel_groups.h"
 #include "moe/row_counts.h"
 #include "moe/soft_mask.h"
+#include "moe/sparse_ablation.h"
 #include "moe/sparse_budget.h"
 #include "moe/sparse_mask.h"
+#include "moe/sparse_neurons.h"
 #include "moe/sparse_schedule.h"
 #include "moe/sparse_structure.h"
 #include "moe/sparse_unit.h"
@@ -69,6 +71,8 @@ struct SparseUnit {
   std::shared_ptr<EffectiveParts> effective_parts;
   /// Without either: whoever owns the weight computes with Sparsifier::effective.
   bool uses_effective = false;
+  /// Its products get a bias: a row of 0 does not give 0.
+  bool has_bias = false;
 
   at::Tensor weight() const;  ///< [out, in], detached, shares memory with the parameter
   /// The same part of a tensor that is shaped like the parameter.
@@ -134,6 +138,13 @@ struct SparsifierConfig {
   /// One process that has some of the units of a model only: the keys of all, for updates that take
   /// turns. Empty: there are no others. With several ranks it stays empty.
   std::vector<UnitKey> all_units;
+  /// Constant fan-in with grow = grad: rows of little use lose their weights to the others. A unit
+  /// keeps its number of weights exactly unless loses_rest is set.
+  Ablation ablation;
+  /// Structure::coupled_neurons(): every unit's rows or columns are hidden units, an expert's
+  /// matrices all of one number. Density is the share of them that is active; a weight between two
+  /// hidden layers has the product. Scores are Frobenius norms of all parts of a hidden unit.
+  Neurons neurons;
 };
 /// One line for a log: every field that changes the training.
 std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config);
@@ -169,6 +180,8 @@ struct UnitStats {
   int64_t num_skipped = 0;
   double churn = 0;          ///< mean over the updates of dropped / active atoms
   uint64_t fingerprint = 0;  ///< of the mask
+  int64_t active_rows = 0;   ///< with an active weight
+  int64_t active_columns = 0;
 };
 /// Sums over the units of all ranks, each once.
 struct SparsityTotals {
@@ -239,6 +252,10 @@ struct SparsifierState {
 /// expert, and no trained parameter that all ranks share; else their sums over ranks differ in
 /// rounding, and masks where two scores are as close as that.
 ///
+/// Coupled neurons: from begin_step to end_backward weights may hold candidates (see
+/// moe/sparse_neurons.h), so begin_step comes before the forward, and weights are not to be saved
+/// in between.
+///
 /// Evaluate and save before the update of a step, not after it: grown weights are untrained.
 ///
 /// Under a soft method (config.forward) parameters and gradients are dense, and layers compute with
@@ -280,6 +297,9 @@ class Sparsifier {
   const std::vector<SparseUnit>& units() const { return units_; }  ///< ordered by key
   const SparsifierConfig& config() const { return config_; }
   const PackedMask& mask(const UnitKey& key) const;  ///< of atoms
+  /// Structure::coupled_neurons(): active hidden units [1, F], of which `key` has the columns, as
+  /// compact_experts takes them.
+  const PackedMask& neurons(const UnitKey& key) const;
   /// What a layer computes with, differentiable by the parameter: hard masks the weight itself.
   at::Tensor effective(const UnitKey& key) const;  ///< [out, in]
   const AtomLayout& layout(const UnitKey& key) const;
@@ -305,6 +325,7 @@ class Sparsifier {
   struct Unit;
   struct Known;
   struct Proposal;
+  struct Hidden;
   Unit& find(const UnitKey& key);
   const Unit& find(const UnitKey& key) const;
   bool needs_gradient() const;
@@ -313,6 +334,7 @@ class Sparsifier {
   void take_link(size_t u, const at::Tensor& x, const at::Tensor& delta);
   void add_sources(const comm::CallSite& site);
   void forget_sources(Unit& unit) const;
+  bool wants_gradient(size_t u) const;
   bool has_token_clock(const Known& unit) const;
   double mean_rows(int64_t step) const;
   double time_of(const Known& unit, int64_t step) const;
@@ -324,11 +346,12 @@ class Sparsifier {
   std::vector<int64_t> summed_rows(const comm::CallSite& site) const;
   void sum_rows(const comm::CallSite& site);
   UpdateReport update(int64_t step);
-  Proposal propose(size_t u, int64_t step);
+  Proposal propose(size_t u, int64_t step, const std::vector<Proposal>& earlier);
   at::Tensor drop_scores_of(size_t u) const;
   at::Tensor grow_scores_of(size_t u) const;
   void apply(size_t u, int64_t step, const MaskUpdate& change);
   void set_mask(size_t u, PackedMask mask);
+  void set_link(size_t u);
   void keep_active(size_t u, const at::Tensor& values) const;
   PackedMask slot_positions(size_t u, const PackedMask& mask) const;
   void change_compressed(size_t u, const PackedMask& mask, GrownSecondMoment policy,
@@ -338,6 +361,26 @@ class Sparsifier {
   void require_same_fingerprints(const std::vector<size_t>& units,
                                  const std::vector<uint64_t>& fingerprints, const char* what,
                                  const comm::CallSite& site) const;
+  void check_neurons() const;
+  std::vector<HiddenLayer> know_hidden_layers();
+  Allocation allocate_neurons(std::vector<HiddenLayer>& layers) const;
+  std::vector<int64_t> neuron_offsets(const std::vector<UnitKey>& keys) const;
+  void hold_hidden_layers(const std::vector<HiddenLayer>& layers);
+  PackedMask crossings_of(size_t u) const;
+  int64_t next_update(size_t u, int64_t step) const;
+  PackedMask candidate_places(const Hidden& layer, int64_t update_step) const;
+  at::Tensor candidate_rows(size_t u, const std::vector<int64_t>& places,
+                            int64_t update_step) const;
+  void place_candidates(int64_t step);
+  void remove_candidates();
+  MaskUpdate change_neurons(const Hidden& layer, int64_t step, UnitUpdate& report) const;
+  std::vector<Proposal> propose_neurons(int64_t step);
+  void start_grown_rows(size_t u, int64_t step, const PackedMask& mask);
+  void check_saved_neurons(const std::vector<const PackedMask*>& masks) const;
+  bool has_ablation(size_t u) const;
+  bool is_freeing_step(const Known& unit, int64_t step) const;
+  PackedMask barred_columns(size_t u, int64_t step, const std::vector<Proposal>& earlier) const;
+  bool keeps_budget(size_t u, const PackedMask& mask) const;
   void start_soft();
   void set_soft_mask(size_t u, SoftMask mask);
   void choose_masks(int64_t step);
@@ -353,6 +396,7 @@ class Sparsifier {
   std::vector<int> replica_ranks_;  ///< of groups_.expert_replicas, in world
   std::vector<Unit> states_;        ///< of each of units_
   std::vector<Known> known_;        ///< units of all ranks, ordered by key
+  std::vector<Hidden> hidden_;      ///< of this rank; with coupled neurons or ablation only
   std::vector<torch::optim::Optimizer*> optimizers_;
   int64_t budget_rest_ = 0;
   double mean_rows_ = 0;  ///< of the token clock; 0: still being measured

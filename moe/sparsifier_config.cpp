@@ -21,7 +21,17 @@ const char* name_of(Distribution distribution) {
   return "?";
 }
 const char* name_of(Cell cell) {
-  return cell == Cell::kUnit ? "unit" : cell == Cell::kRow ? "row" : "group";
+  switch (cell) {
+    case Cell::kUnit:
+      return "unit";
+    case Cell::kRow:
+      return "row";
+    case Cell::kGroup:
+      return "group";
+    case Cell::kNeuron:
+      return "neuron";
+  }
+  return "?";
 }
 const char* name_of(DropCriterion drop) {
   switch (drop) {
@@ -89,7 +99,7 @@ const char* name_of(GrownSecondMoment policy) {
 
 std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
   const auto& [budget, structure, rule, schedule, forward, state, order, grad_accum, min_rows, seed,
-               units] = config;
+               units, ablation, neurons] = config;
   out << "budget=" << name_of(budget.distribution) << " density=" << budget.density.numerator()
       << "/" << budget.density.denominator() << " power=" << budget.power
       << " epsilon=" << budget.epsilon;
@@ -114,6 +124,22 @@ std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
       << " weight_std=" << state.weight_std << " second_moment=" << name_of(state.second_moment)
       << " order=" << name_of(order) << " grad_accum=" << grad_accum << " min_rows=" << min_rows
       << " seed=" << seed << forward;
+  if (ablation.is_on()) {
+    out << " gamma=" << ablation.gamma
+        << " free_columns=" << (ablation.free_columns == FreeColumns::kAtEnd ? "at_end" : "now")
+        << " loses_rest=" << ablation.loses_rest;
+    for (const std::string& pattern : ablation.kept) out << " kept=" << pattern;
+  }
+  if (structure.cell == Cell::kNeuron) out << " candidates=" << neurons.candidates;
+  for (const NeuronLink& link : neurons.links) {
+    const auto add = [&out](const UnitKey& key) {
+      out << key.layer << "." << key.expert << "." << static_cast<int>(key.matrix);
+    };
+    out << " link=";
+    add(link.rows_of);
+    out << ">";
+    add(link.columns_of);
+  }
   return out;
 }
 

@@ -16,7 +16,7 @@ namespace {
 /// Who holds a unit, as the ranks say.
 struct HeldUnit {
   std::vector<int> ranks;
-  int64_t out = 0, in = 0, holders = 0, counts_rows = 0, is_double = 0;
+  int64_t out = 0, in = 0, holders = 0, counts_rows = 0, is_double = 0, has_bias = 0;
   std::string name;
 };
 
@@ -42,6 +42,7 @@ std::string list_of(const std::vector<int>& ranks) {
 std::string facts_of(const HeldUnit& unit) {
   return unit.name + " [" + to_text(unit.out) + ", " + to_text(unit.in) + "]" +
          (unit.is_double != 0 ? " float64" : "") + (unit.counts_rows != 0 ? " with rows" : "") +
+         (unit.has_bias != 0 ? " with bias" : "") +
          (unit.holders == static_cast<int64_t>(Holders::kReplicas) ? " of an expert" : "");
 }
 
@@ -104,8 +105,8 @@ void Sparsifier::know_units(const comm::CallSite& site) {
     const bool counts = unit.link != nullptr || unit.row_counts != nullptr || unit.counts_rows;
     mine << unit.key.layer << ' ' << unit.key.expert << ' ' << static_cast<int>(unit.key.matrix)
          << ' ' << weight.size(0) << ' ' << weight.size(1) << ' ' << static_cast<int>(unit.holders)
-         << ' ' << counts << ' ' << (weight.scalar_type() == at::kDouble) << ' ' << unit.name.size()
-         << ' ' << unit.name << '\n';
+         << ' ' << counts << ' ' << (weight.scalar_type() == at::kDouble) << ' ' << unit.has_bias
+         << ' ' << unit.name.size() << ' ' << unit.name << '\n';
   }
   std::map<UnitKey, HeldUnit> found;
   const std::vector<std::string> lists = gather_bytes(mine.str(), world, site);
@@ -116,7 +117,7 @@ void Sparsifier::know_units(const comm::CallSite& site) {
     int matrix = 0;
     size_t name_size = 0;
     while (list >> key.layer >> key.expert >> matrix >> unit.out >> unit.in >> unit.holders >>
-           unit.counts_rows >> unit.is_double >> name_size) {
+           unit.counts_rows >> unit.is_double >> unit.has_bias >> name_size) {
       key.matrix = static_cast<Matrix>(matrix);
       unit.name.resize(name_size);
       list.get();
@@ -152,6 +153,7 @@ void Sparsifier::know_units(const comm::CallSite& site) {
     known.in = unit.in;
     known.holders = static_cast<Holders>(unit.holders);
     known.counts_rows = unit.counts_rows != 0;
+    known.has_bias = unit.has_bias != 0;
     known_.push_back(known);
   }
 }
@@ -202,7 +204,7 @@ void Sparsifier::add_link_gradients(Holders holders, const comm::CallSite& site)
   std::vector<size_t> units;
   for (size_t u = 0; u < units_.size(); ++u) {
     const bool is_wanted = units_[u].link != nullptr && units_[u].holders == holders &&
-                           current_.actions[u] != UnitAction::kNone;
+                           current_.actions[u] != UnitAction::kNone && wants_gradient(u);
     if (is_wanted) units.push_back(u);
   }
   if (units.empty()) return;

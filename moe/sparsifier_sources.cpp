@@ -62,7 +62,7 @@ void Sparsifier::begin_sources(int64_t step) {
 /// What the backward of a layer hands over.
 void Sparsifier::take_link(size_t u, const at::Tensor& x, const at::Tensor& delta) {
   const bool is_wanted = is_started_ && current_.actions[u] != UnitAction::kNone;
-  if (!is_wanted || !grows_by_score(config_.rule.grow)) return;
+  if (!is_wanted || !grows_by_score(config_.rule.grow) || !wants_gradient(u)) return;
   const c10::NoGradGuard no_grad;
   Unit& mine = states_[u];
   if (config_.rule.grow == GrowCriterion::kSampledGrad) {
@@ -109,7 +109,7 @@ void Sparsifier::add_sources(const comm::CallSite& site) {
   for (size_t u = 0; u < units_.size(); ++u) {
     const SparseUnit& unit = units_[u];
     Unit& state = states_[u];
-    if (current_.actions[u] == UnitAction::kNone) continue;
+    if (current_.actions[u] == UnitAction::kNone || !wants_gradient(u)) continue;
     const at::Tensor& whole = unit.parameter.grad();
     const at::Tensor gradient = whole.defined() ? unit.part_of(whole) : whole;
     if (grows_by_score(config_.rule.grow) && unit.link == nullptr) {

@@ -210,16 +210,15 @@ void Sparsifier::load(const SparsifierState& state) {
                                     saved.backward, saved.chosen_step, units_[u].weight(), name);
         continue;
       }
-      std::vector<int64_t> saved_counts(static_cast<size_t>(mine.layout.cells.num_cells));
-      std::vector<int64_t> counts = saved_counts;
-      kernels::count_atoms(mine.layout.cells, saved.mask.data(), saved_counts.data());
-      kernels::count_atoms(mine.layout.cells, mine.mask.data(), counts.data());
-      if (saved_counts != counts) {
+      if (!keeps_budget(u, saved.mask)) {
         fail_sparsifier("mask of " + name, to_text(saved.mask.count()),
                         "active atoms do not keep its budget of " + to_text(mine.mask.count()) +
                             " in equal cells");
       }
     }
+    std::vector<const PackedMask*> masks;
+    for (const Unit& mine : states_) masks.push_back(&found[mine.place]->mask);
+    check_saved_neurons(masks);
   });
   std::vector<size_t> units;
   std::vector<uint64_t> fingerprints;
@@ -248,6 +247,7 @@ void Sparsifier::load(const SparsifierState& state) {
   }
   mean_rows_ = state.mean_rows;
   num_counted_steps_ = state.num_counted_steps;
+  for (Hidden& layer : hidden_) layer.candidates.clear();  // set_mask takes them away
   for (size_t u = 0; u < units_.size(); ++u) {
     Unit& mine = states_[u];
     const UnitState& saved = *found[mine.place];

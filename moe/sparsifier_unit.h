@@ -45,6 +45,8 @@ struct Sparsifier::Unit {
   int64_t candidates_step = -1;  ///< update that they were drawn for
   int64_t nnz = 0;               ///< of the budget
   SoftMask soft;                 ///< soft methods only
+  int64_t row_layer = -1;        ///< place in hidden_ of the units that its rows are; -1: no such
+  int64_t column_layer = -1;
 };
 
 /// What every rank knows of a unit of any rank; equal on all of them.
@@ -55,10 +57,21 @@ struct Sparsifier::Known {
   int64_t in = 0;
   Holders holders = Holders::kAllRanks;
   bool counts_rows = false;
-  int64_t offset = 0;      ///< of its updates
-  int64_t total_rows = 0;  ///< over all ranks; of the token clock
-  int64_t window = -1;     ///< of its last update by the token clock
-  double time = 0;         ///< of its clock at the start of the current step
+  bool has_bias = false;
+  bool frees_columns = false;  ///< its columns are hidden units that ablation may set to 0
+  bool is_kept = false;        ///< ablation leaves its rows
+  int64_t offset = 0;          ///< of its updates
+  int64_t total_rows = 0;      ///< over all ranks; of the token clock
+  int64_t window = -1;         ///< of its last update by the token clock
+  double time = 0;             ///< of its clock at the start of the current step
+};
+
+/// A HiddenLayer of this rank.
+struct Sparsifier::Hidden {
+  std::vector<size_t> rows_of;  ///< in units_
+  size_t columns_of = 0;
+  PackedMask active;                ///< [1, F]; with coupled neurons
+  std::vector<int64_t> candidates;  ///< that stand in the weights now
 };
 
 /// What an update of one unit would do.

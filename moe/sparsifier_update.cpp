@@ -3,6 +3,7 @@
 #include <ATen/ops/where.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -54,8 +55,13 @@ UpdateReport Sparsifier::update(int64_t step) {
   // All are proposed and compared before any is made: an error leaves everything as it was.
   std::vector<Proposal> proposals;
   comm::agree(groups_.world, site, [&] {
+    if (config_.structure.cell == Cell::kNeuron) {
+      proposals = propose_neurons(step);
+      return;
+    }
     for (size_t u = 0; u < units_.size(); ++u) {
-      if (current_.actions[u] == UnitAction::kUpdate) proposals.push_back(propose(u, step));
+      if (current_.actions[u] != UnitAction::kUpdate) continue;
+      proposals.push_back(propose(u, step, proposals));
     }
   });
   std::vector<size_t> units;
@@ -123,7 +129,9 @@ at::Tensor Sparsifier::grow_scores_of(size_t u) const {
   return signed_scores(state.layout, state.grad_sum);
 }
 
-Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
+/// @param earlier  of units before it in the same step
+Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step,
+                                         const std::vector<Proposal>& earlier) {
   const SparseUnit& unit = units_[u];
   const Unit& state = states_[u];
   Proposal result;
@@ -144,11 +152,23 @@ Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
   input.ever_active = &state.ever_active;
   input.drop_scores = drop_scores.const_data_ptr<float>();
   if (grow_scores.defined()) input.grow_scores = grow_scores.const_data_ptr<float>();
-  input.fraction = drop_fraction(config_.schedule, known_[state.place].time);
+  const Known& known = known_[state.place];
+  if (!is_freeing_step(known, step)) input.fraction = drop_fraction(config_.schedule, known.time);
   input.drop_key = draw_key(config_.seed, step, unit.key, UnitDraw::kDrop);
   input.grow_key = draw_key(config_.seed, step, unit.key, UnitDraw::kGrow);
   input.random_key = draw_key(config_.seed, step, unit.key, UnitDraw::kRandomGrow);
+  RowsLeft rows;
+  if (has_ablation(u)) {
+    const at::Tensor drop_sizes = drop_scores.abs(), grow_sizes = grow_scores.abs();
+    rows = ablate_rows(config_.ablation, {&state.mask, drop_sizes.const_data_ptr<float>(),
+                                          grow_sizes.const_data_ptr<float>(), input.fraction,
+                                          input.drop_key, input.grow_key});
+    input.cell_targets = &rows.counts;
+  }
+  const PackedMask barred = barred_columns(u, step, earlier);
+  if (barred.num_places() > 0) input.barred = &barred;
   result.change = update_mask(state.layout, config_.rule, input);
+  result.change.num_non_finite = std::max(result.change.num_non_finite, rows.num_non_finite);
   if (result.change.num_non_finite > 0) {
     ErrorDetail detail{kSparsifier, "scores of " + unit.name, to_text(result.change.num_non_finite),
                        "are NaN or infinite; the training has diverged"};
@@ -179,6 +199,9 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
                                  .mul_(config_.state.weight_std)
                                  .to(weight.options());
     weight.copy_(at::where(grown, start, weight));
+  }
+  if (config_.structure.cell == Cell::kNeuron && state.row_layer >= 0) {
+    start_grown_rows(u, step, change.mask);
   }
   const GrownSecondMoment policy = config_.state.second_moment;
   at::Tensor gradient;
@@ -260,12 +283,29 @@ void Sparsifier::set_mask(size_t u, PackedMask mask) {
   const at::Tensor weight = units_[u].weight();
   state.inactive = position_mask(state.layout, state.mask).logical_not_().to(weight.device());
   keep_active(u, weight);
+  if (config_.structure.cell == Cell::kNeuron && state.column_layer >= 0) {
+    hidden_[static_cast<size_t>(state.column_layer)].active = active_columns(state.mask);
+  }
+  set_link(u);
+}
+
+/// What the layer computes with: the mask, and rows of candidates.
+void Sparsifier::set_link(size_t u) {
   if (units_[u].link == nullptr) return;
+  const Unit& state = states_[u];
   UnitLink& link = *units_[u].link;
   link.inactive = state.inactive;
   link.active = position_bits(state.layout, state.mask);
   link.density =
       static_cast<double>(link.active.count()) / static_cast<double>(link.active.num_places());
+  if (state.row_layer < 0) return;
+  const std::vector<int64_t>& candidates = hidden_[static_cast<size_t>(state.row_layer)].candidates;
+  if (candidates.empty()) return;
+  // The density stays: it chooses the kernel, and with it the rounding of sums.
+  const PackedMask columns = active_columns(state.mask);
+  for (const int64_t row : candidates) link.active.set_rows(row, columns);
+  link.inactive =
+      position_mask(state.layout, link.active).logical_not_().to(state.inactive.device());
 }
 
 void Sparsifier::reset_weights(double gain) {

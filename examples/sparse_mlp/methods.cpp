@@ -22,6 +22,9 @@ const std::vector<Method>& all_methods() {
   static const std::vector<Method> methods = {{"static"},
                                               {"set"},
                                               {"rigl"},
+                                              {"srigl"},
+                                              {"sampled"},
+                                              {"neuron"},
                                               {"topkast"},
                                               {"nm_dst"},
                                               {"srste"},
@@ -50,6 +53,18 @@ SparsifierConfig method_config(const Method& method, int64_t epochs, int64_t ste
   const Budget budget = config.budget;
   if (name == "static") config = presets::static_mask(density);
   if (name == "rigl") config = presets::rigl(density, total_steps, kUpdateEvery);
+  if (name == "srigl") {
+    config = presets::srigl(density, total_steps, 0.3, kUpdateEvery);
+    config.ablation.kept = {"layer 3,*"};
+  }
+  if (name == "sampled") config = presets::sampled(density, total_steps, kUpdateEvery);
+  if (name == "neuron") {
+    // Of each hidden layer; its square between two of them: 85 of 1000 make 81 940 weights.
+    config = presets::neuron(0.085, total_steps, kUpdateEvery);
+    for (int64_t layer = 0; layer < 3; ++layer) {
+      config.neurons.links.push_back({UnitKey{layer}, UnitKey{layer + 1}});
+    }
+  }
   if (name == "topkast") config = presets::topkast(density, 0.1, steps_per_epoch);
   if (name == "nm_dst") config = presets::nm_dst(kKept, kGroup, total_steps, kUpdateEvery);
   if (name == "srste") config = presets::srste(kKept, kGroup);
@@ -60,11 +75,12 @@ SparsifierConfig method_config(const Method& method, int64_t epochs, int64_t ste
     config.forward.total_steps = total_steps;
     config.forward.fine_tune = 0.1;  // so that it ends with 1:8
   }
-  if (config.rule.grow == GrowCriterion::kGrad && config.schedule.every == kUpdateEvery) {
+  if (config.rule.grow == GrowCriterion::kGrad || config.rule.grow == GrowCriterion::kSampledGrad) {
     config.schedule.begin = kUpdateEvery;  // the first steps have no 10 gradients yet
     config.grad_accum = kGradients;
   }
-  const bool has_own_budget = config.structure.cell == Cell::kGroup || config.forward.is_soft();
+  const bool has_own_budget = config.structure.cell == Cell::kGroup ||
+                              config.structure.cell == Cell::kNeuron || config.forward.is_soft();
   if (!has_own_budget) config.budget = budget;  // equal for all others
   config.seed = seed;
   return config;
