@@ -20,7 +20,12 @@ struct AtomCells {
   constexpr int64_t num_atoms() const { return num_cells * atoms_per_cell; }
 };
 
-enum class AtomOrder : uint8_t { kLargest, kSmallest };
+enum class AtomOrder : uint8_t {
+  kLargest,
+  kSmallest,
+  kLargestMagnitude,  ///< scores count without their sign
+  kSmallestMagnitude,
+};
 
 /// Of all cells together.
 struct AtomCounts {
@@ -45,8 +50,8 @@ constexpr uint32_t tie_bits(RandomKey key, uint32_t atom) {
   return x;
 }
 
-/// Marks exactly min(k[c], candidates of c) candidates of each cell c: those of the largest or
-/// smallest scores, equal scores by tie_bits. -0 equals +0. NaN comes last in both orders: it is
+/// Marks exactly min(k[c], candidates of c) candidates of each cell c: those that come first in the
+/// order, equal scores by tie_bits. -0 equals +0. NaN comes last in every order: it is
 /// taken only when nothing else is left. The same set for any thread count.
 /// Linear in the number of atoms (radix select in large cells, nth_element in small ones).
 /// @param cells       fewer than 2^32 atoms
@@ -62,6 +67,14 @@ AtomCounts select_atoms(const AtomCells& cells, AtomOrder order, const float* sc
 AtomCounts select_atoms_reference(const AtomCells& cells, AtomOrder order, const float* scores,
                                   const uint64_t* candidates, const int64_t* k, RandomKey key,
                                   uint64_t* selected);
+
+/// The same where scores are those of the candidates alone, one after the other: nothing as large
+/// as num_atoms is needed.
+/// @param scores  [number of candidates] by rising atom
+/// For the host: on kCuda it throws ConfigError.
+AtomCounts select_listed_atoms(const AtomCells& cells, AtomOrder order, const float* scores,
+                               const uint64_t* candidates, const int64_t* k, RandomKey key,
+                               uint64_t* selected, Stream stream = {});
 
 /// counts[c] = bits of cell c.
 /// @param bits    [num_mask_words]

@@ -222,7 +222,8 @@ double bound_or_fan_in(double bound, int64_t fan_in) {
 
 /// Rows [first, first + count) of the matrix of an expert.
 SparseUnit stacked_unit(const char* name, const UnitKey& key, const at::Tensor& stacked,
-                        int64_t slot, int64_t first, int64_t count) {
+                        int64_t slot, int64_t first, int64_t count,
+                        const std::shared_ptr<EffectiveParts>& parts) {
   SparseUnit unit;
   unit.name = name;
   unit.key = key;
@@ -230,6 +231,7 @@ SparseUnit stacked_unit(const char* name, const UnitKey& key, const at::Tensor& 
   unit.slot = slot;
   unit.first_out = first;
   unit.num_out = count;
+  unit.effective_parts = parts;
   return unit;
 }
 
@@ -284,8 +286,9 @@ at::Tensor GroupedMLP::forward(const at::Tensor& rows, const at::Tensor& weights
   require_parameters();
   const Autocast autocast(rows);
   return autocast.back(MlpFunction::apply(
-      autocast.cast(rows), weights, autocast.cast(up_proj), or_missing(autocast.cast(up_bias)),
-      autocast.cast(down_proj), or_missing(autocast.cast(down_bias)),
+      autocast.cast(rows), weights, autocast.cast(up_parts_->of(up_proj)),
+      or_missing(autocast.cast(up_bias)), autocast.cast(down_parts_->of(down_proj)),
+      or_missing(autocast.cast(down_bias)),
       MlpKind{options_.activation(), options_.gated(), options_.activation_sparsity()}, plan,
       row_counts()));
 }
@@ -300,7 +303,7 @@ at::Tensor GroupedMLP::active_hidden(const at::Tensor& rows, const PlanPtr& plan
   require_parameters();
   const c10::NoGradGuard no_grad;
   return mlp_active_hidden(
-      rows.contiguous(), {up_proj, up_bias, down_proj, down_bias},
+      rows.contiguous(), {up_parts_->of(up_proj), up_bias, down_parts_->of(down_proj), down_bias},
       MlpKind{options_.activation(), options_.gated(), options_.activation_sparsity()},
       plan->local);
 }
@@ -326,12 +329,14 @@ std::vector<SparseUnit> GroupedMLP::matrices() const {
   const int64_t F = options_.d_ff();
   for (int64_t slot = 0; slot < num_local_experts(); ++slot) {
     const int64_t id = expert_ids()[static_cast<size_t>(slot)];
-    units.push_back(stacked_unit("w1", {0, id, Matrix::kW1}, up_proj, slot, 0, F));
+    units.push_back(stacked_unit("w1", {0, id, Matrix::kW1}, up_proj, slot, 0, F, up_parts_));
     if (options_.gated()) {
-      units.push_back(stacked_unit("w3", {0, id, Matrix::kW3}, up_proj, slot, F, F));
+      units.push_back(stacked_unit("w3", {0, id, Matrix::kW3}, up_proj, slot, F, F, up_parts_));
     }
-    units.push_back(stacked_unit("w2", {0, id, Matrix::kW2}, down_proj, slot, 0, d_out()));
+    units.push_back(
+        stacked_unit("w2", {0, id, Matrix::kW2}, down_proj, slot, 0, d_out(), down_parts_));
   }
+  for (SparseUnit& unit : units) unit.has_bias = options_.bias();
   return units;
 }
 
@@ -359,7 +364,8 @@ at::Tensor GroupedLinear::forward(const at::Tensor& rows, const at::Tensor& weig
   gates::require_shape(weight, {L, d_out(), d_in()}, "grouped_linear", "weight");
   if (options_.bias()) gates::require_shape(bias, {L, d_out()}, "grouped_linear", "bias");
   const Autocast autocast(rows);
-  return autocast.back(LinearFunction::apply(autocast.cast(rows), weights, autocast.cast(weight),
+  return autocast.back(LinearFunction::apply(autocast.cast(rows), weights,
+                                             autocast.cast(parts_->of(weight)),
                                              or_missing(autocast.cast(bias)), plan, row_counts()));
 }
 
@@ -369,7 +375,7 @@ std::vector<SparseUnit> GroupedLinear::matrices() const {
   std::vector<SparseUnit> units;
   for (int64_t slot = 0; slot < num_local_experts(); ++slot) {
     const int64_t id = expert_ids()[static_cast<size_t>(slot)];
-    units.push_back(stacked_unit("w1", {0, id, Matrix::kW1}, weight, slot, 0, d_out()));
+    units.push_back(stacked_unit("w1", {0, id, Matrix::kW1}, weight, slot, 0, d_out(), parts_));
   }
   return units;
 }

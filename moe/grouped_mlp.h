@@ -3,6 +3,7 @@
 
 #include "kernels/activation.h"
 #include "moe/activation_sparsity.h"
+#include "moe/effective_parts.h"
 #include "moe/experts.h"
 
 namespace perseid {
@@ -53,6 +54,8 @@ class GroupedMLP : public Experts {
  private:
   void require_parameters() const;
   GroupedMLPOptions options_;
+  std::shared_ptr<EffectiveParts> up_parts_ = std::make_shared<EffectiveParts>();
+  std::shared_ptr<EffectiveParts> down_parts_ = std::make_shared<EffectiveParts>();
 };
 
 struct GroupedLinearOptions {
@@ -81,6 +84,7 @@ class GroupedLinear : public Experts {
 
  private:
   GroupedLinearOptions options_;
+  std::shared_ptr<EffectiveParts> parts_ = std::make_shared<EffectiveParts>();
 };
 
 }  // namespace perseid

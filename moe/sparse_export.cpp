@@ -1,9 +1,11 @@
 #include "moe/sparse_export.h"
 
 #include <ATen/core/ivalue.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/repeat_interleave.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
@@ -79,23 +81,66 @@ at::Tensor gather_entries(const at::Tensor& weight, const RowEntries& entries) {
 }
 
 void condense(const RowEntries& entries, SparseExport& result) {
-  std::vector<int32_t> rows;
-  int64_t fan_in = 0;
+  std::vector<int32_t> rows, columns;
+  std::vector<int64_t> places;  // of the values
+  int64_t fan_in = 0, first_row = 0;
   for (size_t row = 0; row + 1 < entries.offsets.size(); ++row) {
     const int64_t count = entries.offsets[row + 1] - entries.offsets[row];
     if (count == 0) continue;
-    if (rows.empty()) fan_in = count;
-    require(count == fan_in, kSparseExport, "fan-in", count,
+    if (rows.empty()) {
+      fan_in = count;
+      first_row = static_cast<int64_t>(row);
+    }
+    const bool is_short = count == fan_in - 1;
+    const bool is_full = count == fan_in && result.full_rows == static_cast<int64_t>(rows.size());
+    require(is_full || is_short, kSparseExport, "fan-in", count,
             "of row " + to_text(row) + " differs from " + to_text(fan_in) + " of row " +
-                to_text(rows.empty() ? 0 : rows.front()) +
-                "; condensed weights need constant fan-in, choose kCsr");
+                to_text(first_row) + "; condensed weights need constant fan-in, choose kCsr");
     rows.push_back(static_cast<int32_t>(row));
+    if (is_full) ++result.full_rows;
+    for (int32_t e = entries.offsets[row]; e < entries.offsets[row + 1]; ++e) {
+      columns.push_back(entries.columns[static_cast<size_t>(e)]);
+      places.push_back(static_cast<int64_t>(columns.size()) - 1);
+    }
+    if (is_short) columns.push_back(columns.back());
   }
   const auto num_rows = static_cast<int64_t>(rows.size());
+  if (result.full_rows < num_rows) {
+    const at::Tensor padded =
+        at::zeros({static_cast<int64_t>(columns.size())}, result.values.options());
+    padded.index_copy_(0, at::tensor(places, at::kLong), result.values);
+    result.values = padded;
+  }
   result.values = result.values.view({num_rows, fan_in});
-  result.indices =
-      column_tensor(entries.columns, result.in <= kMaxShortColumns).view({num_rows, fan_in});
+  result.indices = column_tensor(columns, result.in <= kMaxShortColumns).view({num_rows, fan_in});
   if (num_rows < result.out) result.rows = int32_tensor(rows);
+}
+
+/// Values or columns of condensed rows without their padding, one after the other; others as they
+/// are.
+at::Tensor unpadded(const SparseExport& weight, const at::Tensor& entries) {
+  const bool is_padded =
+      weight.format == SparseFormat::kCondensed && weight.full_rows < weight.values.size(0);
+  if (!is_padded) return entries;
+  if (entries.scalar_type() == at::kUInt16) {  // which LibTorch hardly computes with
+    return unpadded(weight, entries.view(at::kShort)).view(at::kUInt16);
+  }
+  const int64_t short_rows = entries.size(0) - weight.full_rows, fan_in = entries.size(1);
+  return at::cat(
+      {entries.narrow(0, 0, weight.full_rows).reshape({-1}),
+       entries.narrow(0, weight.full_rows, short_rows).narrow(1, 0, fan_in - 1).reshape({-1})});
+}
+/// The inverse for the gradient of values.
+at::Tensor padded_gradient(const SparseExport& weight, const at::Tensor& gradient) {
+  if (gradient.numel() == weight.values.numel()) return gradient.view(weight.values.sizes());
+  const int64_t fan_in = weight.values.size(1), num_full = weight.full_rows * fan_in;
+  const at::Tensor result = at::zeros(weight.values.sizes(), gradient.options());
+  result.narrow(0, 0, weight.full_rows)
+      .copy_(gradient.narrow(0, 0, num_full).view({weight.full_rows, fan_in}));
+  result.narrow(0, weight.full_rows, result.size(0) - weight.full_rows)
+      .narrow(1, 0, fan_in - 1)
+      .copy_(gradient.narrow(0, num_full, gradient.numel() - num_full).view({-1, fan_in - 1}));
+  return result;
 }
 
 int64_t places_per_byte(int64_t group) { return group <= 4 ? 4 : 1; }
@@ -154,14 +199,14 @@ CsrIndices csr_indices(const SparseExport& weight) {
     const auto fan_in = static_cast<int32_t>(weight.values.size(1));
     for (int64_t i = 0; i < weight.values.size(0); ++i) {
       const int64_t row = weight.rows.defined() ? weight.rows.const_data_ptr<int32_t>()[i] : i;
-      offsets[static_cast<size_t>(row) + 1] = fan_in;
+      offsets[static_cast<size_t>(row) + 1] = i < weight.full_rows ? fan_in : fan_in - 1;
     }
   } else {
     std::fill(offsets.begin() + 1, offsets.end(), static_cast<int32_t>(weight.values.size(1)));
   }
   for (size_t row = 1; row < offsets.size(); ++row) offsets[row] += offsets[row - 1];
   if (weight.format == SparseFormat::kCondensed) {
-    return {int32_tensor(offsets), weight.indices.view({-1})};
+    return {int32_tensor(offsets), unpadded(weight, weight.indices).contiguous().view({-1})};
   }
   std::vector<int32_t> columns(static_cast<size_t>(weight.values.numel()));
   const int64_t per_byte = places_per_byte(weight.group), per_row = weight.values.size(1);
@@ -228,9 +273,10 @@ at::Tensor multiply_export(const at::Tensor& x, const SparseExport& weight) {
     return y.to(weight.values.scalar_type());
   }
   const CsrIndices indices = csr_indices(weight);
+  const at::Tensor entries = unpadded(weight, values);
   const at::Tensor columns = x.to(type).t().contiguous();
   const at::Tensor y = at::empty({weight.out, num_rows}, columns.options());
-  kernels::csr_product(csr_weight(weight, indices, values), data_of(columns), num_rows, dtype,
+  kernels::csr_product(csr_weight(weight, indices, entries), data_of(columns), num_rows, dtype,
                        mutable_data_of(y));
   return y.to(weight.values.scalar_type()).t();
 }
@@ -243,7 +289,6 @@ MatmulGradients multiply_export_backward(const at::Tensor& x, const at::Tensor& 
   const kernels::DType dtype = dtype_of(values, kSparseExport);
   const int64_t num_rows = x.size(0);
   MatmulGradients result;
-  const at::Tensor grad_values = at::empty(values.sizes(), values.options());
   if (weight.format == SparseFormat::kBlockCsr) {
     const at::Tensor rows = x.to(type).contiguous(), deltas = delta.to(type).contiguous();
     const int64_t row_offsets[] = {0, num_rows};
@@ -254,6 +299,7 @@ MatmulGradients multiply_export_backward(const at::Tensor& x, const at::Tensor& 
       result.x = grad_x.to(own);
     }
     if (needs_values) {
+      const at::Tensor grad_values = at::empty(values.sizes(), values.options());
       kernels::block_outer_product(block_weights(weight, values), data_of(deltas), data_of(rows),
                                    row_offsets, dtype, mutable_data_of(grad_values));
       result.values = grad_values.to(own);
@@ -261,7 +307,8 @@ MatmulGradients multiply_export_backward(const at::Tensor& x, const at::Tensor& 
     return result;
   }
   const CsrIndices indices = csr_indices(weight);
-  const kernels::CsrWeight csr = csr_weight(weight, indices, values);
+  const at::Tensor entries = unpadded(weight, values);
+  const kernels::CsrWeight csr = csr_weight(weight, indices, entries);
   const at::Tensor deltas = delta.to(type).t().contiguous();
   if (needs_x) {
     const at::Tensor grad_x = at::empty({weight.in, num_rows}, deltas.options());
@@ -270,9 +317,10 @@ MatmulGradients multiply_export_backward(const at::Tensor& x, const at::Tensor& 
   }
   if (needs_values) {
     const at::Tensor columns = x.to(type).t().contiguous();
+    const at::Tensor grad_entries = at::empty(entries.sizes(), entries.options());
     kernels::csr_outer_product(csr, data_of(deltas), data_of(columns), num_rows, dtype,
-                               mutable_data_of(grad_values));
-    result.values = grad_values.to(own);
+                               mutable_data_of(grad_entries));
+    result.values = padded_gradient(weight, grad_entries).to(own);
   }
   return result;
 }
@@ -368,7 +416,7 @@ at::Tensor dense_weight(const SparseExport& weight) {
       indices.offsets.narrow(0, 1, weight.out) - indices.offsets.narrow(0, 0, weight.out);
   const at::Tensor rows = at::repeat_interleave(counts.to(at::kLong));
   const at::Tensor result = at::zeros({weight.out * weight.in}, values.options());
-  result.index_copy_(0, rows * weight.in + columns, values.view({-1}));
+  result.index_copy_(0, rows * weight.in + columns, unpadded(weight, values).view({-1}));
   return result.view({weight.out, weight.in});
 }
 

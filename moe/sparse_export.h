@@ -12,11 +12,13 @@
 namespace perseid {
 
 enum class SparseFormat : uint8_t {
-  kCsr,        ///< columns of 32 bits
-  kShortCsr,   ///< columns of 16 bits; in <= 65536
-  kCondensed,  ///< as many entries in each row that has any; columns of 16 bits where they reach
-  kBlockCsr,   ///< blocks of the layout
-  kGroups,     ///< N of M neighbours: places in the group of 2 bits for M <= 4, else of a byte
+  kCsr,       ///< columns of 32 bits
+  kShortCsr,  ///< columns of 16 bits; in <= 65536
+  /// As many entries in each row that has any, or one less in the last of them, as neuron ablation
+  /// leaves it; columns of 16 bits where they reach.
+  kCondensed,
+  kBlockCsr,  ///< blocks of the layout
+  kGroups,    ///< N of M neighbours: places in the group of 2 bits for M <= 4, else of a byte
 };
 
 /// A weight [out, in]. Entries are in row order, columns rising.
@@ -36,13 +38,16 @@ struct SparseExport {
   at::Tensor indices;
   at::Tensor offsets;  ///< CSR, blocks: int32 [rows or block rows + 1]
   at::Tensor rows;     ///< condensed: int32 rows that have entries; undefined if all have
+  /// Condensed: so many of these rows are full. The last entry of the others is padding: a column
+  /// of theirs once more, value 0, gradient 0.
+  int64_t full_rows = 0;
 
   int64_t bytes() const;  ///< of all four
 };
 
 /// @param weight  [out, in] float32, float64 or bfloat16
 /// @param mask    of the layout's atoms
-/// Throws ConfigError if rows differ in their number of entries (kCondensed), groups do (kGroups,
+/// Throws ConfigError if rows differ otherwise than kCondensed allows, groups differ (kGroups,
 /// whose layout is N:M), or `in` is too large for the columns.
 SparseExport export_as(const at::Tensor& weight, const AtomLayout& layout, const PackedMask& mask,
                        SparseFormat format);

@@ -134,6 +134,7 @@ SparseUnit SparseLinearImpl::unit() const {
   unit.key = options_.key();
   unit.parameter = weight;
   unit.link = link_;
+  unit.has_bias = bias.defined();
   return unit;
 }
 

@@ -41,45 +41,43 @@ void set_positions(ActiveStates& states, PackedMask positions) {
 
 int64_t num_active(const ActiveStates& states) { return states.block_starts.back(); }
 
-/// Where the states of a new mask come from.
+/// Two masks of a weight, and what moving states from one to the other needs.
 struct Repacking {
-  std::vector<int64_t> sources;  ///< [active] number among the old ones, or -1
-  std::vector<int64_t> grown;    ///< positions of those of -1
-  size_t begin = 0, end = 0;     ///< entries of the range among the sources
+  const PackedMask& before;
+  const PackedMask& after;
+  int64_t first = 0, last = 0;  ///< range of positions whose states count for means
+  int64_t num_before = 0, num_after = 0;
 };
-/// @param first, last  range of positions
 Repacking repacking(const PackedMask& before, const PackedMask& after, int64_t first,
                     int64_t last) {
-  Repacking result;
-  int64_t old_number = 0;
-  const size_t num_words = before.words().size();
-  for (size_t w = 0; w < num_words; ++w) {
-    const uint64_t was = before.words()[w], is = after.words()[w];
+  return {before, after, first, last, before.count(), after.count()};
+}
+
+/// Values of `before` become those of `after`, word by word and without branches on bits.
+/// @param fill  of those that were not active
+template <typename A>
+at::Tensor repacked(const at::Tensor& values, const Repacking& plan, A fill) {
+  const at::Tensor result = at::empty({plan.num_after}, values.options());
+  const A* from = static_cast<const A*>(data_of(values));
+  A* to = static_cast<A*>(mutable_data_of(result));
+  if (plan.num_before == 0) {
+    std::fill_n(to, plan.num_after, fill);
+    return result;
+  }
+  const A* const last = from + plan.num_before - 1;
+  A of_word[65];
+  for (size_t w = 0; w < plan.after.words().size(); ++w) {
+    const uint64_t was = plan.before.words()[w], is = plan.after.words()[w];
+    int count = 0;
     for (uint64_t left = was | is; left != 0; left &= left - 1) {
       const int bit = std::countr_zero(left);
       const bool was_active = (was >> bit & 1) != 0;
-      if ((is >> bit & 1) != 0) {
-        const int64_t position = static_cast<int64_t>(w) * 64 + bit;
-        result.sources.push_back(was_active ? old_number : -1);
-        if (!was_active) result.grown.push_back(position);
-        if (position < first) result.begin = result.sources.size();
-        if (position < last) result.end = result.sources.size();
-      }
-      if (was_active) ++old_number;
+      const A old = *std::min(from, last);  // one that is not there is not used
+      of_word[count] = was_active ? old : fill;
+      from += was_active ? 1 : 0;
+      count += static_cast<int>(is >> bit & 1);
     }
-  }
-  return result;
-}
-
-/// values[sources], and next_value() for those of -1, in order.
-template <typename A, typename Next>
-at::Tensor repacked(const at::Tensor& values, const Repacking& plan, Next&& next_value) {
-  const at::Tensor result =
-      at::empty({static_cast<int64_t>(plan.sources.size())}, values.options());
-  const A* const from = static_cast<const A*>(data_of(values));
-  A* const to = static_cast<A*>(mutable_data_of(result));
-  for (size_t i = 0; i < plan.sources.size(); ++i) {
-    to[i] = plan.sources[i] >= 0 ? from[plan.sources[i]] : next_value();
+    to = std::copy_n(of_word, count, to);
   }
   return result;
 }
@@ -89,52 +87,62 @@ template <typename A>
 double mean_kept(const at::Tensor& values, const Repacking& plan) {
   const A* const from = static_cast<const A*>(data_of(values));
   double sum = 0;
-  int64_t count = 0;
-  for (size_t i = plan.begin; i < plan.end; ++i) {
-    const int64_t source = plan.sources[i];
-    if (source < 0) continue;
-    sum += static_cast<double>(from[source]);
-    ++count;
+  int64_t count = 0, number = 0;
+  for (size_t w = 0; w < plan.before.words().size(); ++w) {
+    const auto place = static_cast<int64_t>(w) * 64;
+    const uint64_t is = plan.after.words()[w];
+    for (uint64_t left = plan.before.words()[w]; left != 0; left &= left - 1) {
+      const int bit = std::countr_zero(left);
+      const A value = from[number++];
+      const bool is_kept =
+          (is >> bit & 1) != 0 && place + bit >= plan.first && place + bit < plan.last;
+      if (!is_kept) continue;
+      sum += static_cast<double>(value);
+      ++count;
+    }
   }
   return count == 0 ? 0 : sum / static_cast<double>(count);
 }
 
-/// Elements of a dense tensor at the grown positions, one after the other.
-/// @param first  position of its first element
-template <typename A>
-auto grown_values(const at::Tensor& dense, const Repacking& plan, int64_t first = 0) {
-  return
-      [flat = dense.to(state_type(dense)).contiguous(), &plan, first, next = size_t{0}]() mutable {
-        return static_cast<const A*>(data_of(flat))[plan.grown[next++] - first];
-      };
+/// change(value, element of the dense tensor at its position) for each that has grown.
+/// @param values  those of `after`
+/// @param first   position of the dense tensor's first element
+template <typename A, typename Change>
+void change_grown(const at::Tensor& values, const Repacking& plan, const at::Tensor& dense,
+                  int64_t first, Change&& change) {
+  const at::Tensor flat = dense.to(state_type(dense)).contiguous();
+  const A* const from = static_cast<const A*>(data_of(flat));
+  A* const to = static_cast<A*>(mutable_data_of(values));
+  int64_t number = 0;
+  for (size_t w = 0; w < plan.after.words().size(); ++w) {
+    const uint64_t is = plan.after.words()[w], was = plan.before.words()[w];
+    for (uint64_t left = is & ~was; left != 0; left &= left - 1) {
+      const int bit = std::countr_zero(left);
+      const int64_t before_it = std::popcount(is & ((uint64_t{1} << bit) - 1));
+      change(to[number + before_it], from[static_cast<int64_t>(w) * 64 + bit - first]);
+    }
+    number += std::popcount(is);
+  }
 }
 
 template <typename A>
 void repack(ActiveStates& states, const at::Tensor& weight, const Repacking& plan,
             GrownSecondMoment policy, const at::Tensor& gradient, int64_t first) {
-  const auto zero = [] { return A{0}; };
+  const auto take = [](A& value, A element) { value = element; };
   if (states.master.defined()) {
-    states.master = repacked<A>(states.master, plan, grown_values<A>(weight, plan));
+    states.master = repacked<A>(states.master, plan, A{0});
+    change_grown<A>(states.master, plan, weight, 0, take);
   }
-  if (states.momentum.defined()) states.momentum = repacked<A>(states.momentum, plan, zero);
+  if (states.momentum.defined()) states.momentum = repacked<A>(states.momentum, plan, A{0});
   for (at::Tensor* const moment : {&states.second_moment, &states.max_second_moment}) {
     if (!moment->defined()) continue;
-    if (policy == GrownSecondMoment::kMean) {
-      const A mean = static_cast<A>(mean_kept<A>(*moment, plan));
-      *moment = repacked<A>(*moment, plan, [mean] { return mean; });
-    } else if (policy == GrownSecondMoment::kGradient) {
-      auto next = grown_values<A>(gradient, plan, first);
-      *moment = repacked<A>(*moment, plan, [&next] {
-        const A g = next();
-        return g * g;
-      });
-    } else {
-      *moment = repacked<A>(*moment, plan, zero);
-    }
+    const bool is_mean = policy == GrownSecondMoment::kMean;
+    const A start = is_mean ? static_cast<A>(mean_kept<A>(*moment, plan)) : A{0};
+    *moment = repacked<A>(*moment, plan, start);
+    if (policy != GrownSecondMoment::kGradient) continue;
+    change_grown<A>(*moment, plan, gradient, first, [](A& value, A g) { value = g * g; });
   }
-  if (states.age.defined()) {
-    states.age = repacked<uint16_t>(states.age, plan, [] { return uint16_t{0}; });
-  }
+  if (states.age.defined()) states.age = repacked<uint16_t>(states.age, plan, 0);
 }
 
 /// What the slots of one parameter are stepped with.
@@ -219,8 +227,9 @@ void step_parameter(const Options& options, int64_t step, const at::Tensor& para
       if (!states.master.defined()) {
         const PackedMask none(states.positions.rows(), states.positions.cols());
         const Repacking all = repacking(none, states.positions, 0, size);
-        states.master =
-            repacked<float>(new_states(states, weight), all, grown_values<float>(weight, all));
+        states.master = new_states(states, weight);
+        change_grown<float>(states.master, all, weight, 0,
+                            [](float& value, float element) { value = element; });
       }
       call.weights.master = mutable_data_of(states.master);
     }

@@ -64,6 +64,80 @@ SparsifierConfig rigl(const Density& density, int64_t total_steps, int64_t every
   return config;
 }
 
+SparsifierConfig set_official(double epsilon, int64_t steps_per_epoch, int64_t num_epochs,
+                              double zeta) {
+  SparsifierConfig config = set(epsilon, steps_per_epoch, num_epochs, zeta);
+  config.rule.exclude_just_dropped = false;
+  return config;
+}
+SparsifierConfig rigl_official(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.rule.exclude_just_dropped = false;
+  return config;
+}
+
+SparsifierConfig snfs(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.rule.grow = GrowCriterion::kMomentum;
+  config.order = UpdateOrder::kBeforeStep;
+  return config;
+}
+
+SparsifierConfig rigl_itop(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.schedule.end = total_steps;
+  config.schedule.alpha = 0.5;
+  config.schedule.alpha_min = 0.005;
+  config.order = UpdateOrder::kAfterStep;
+  return config;
+}
+SparsifierConfig dsl(int64_t total_steps, int64_t every, const Density& density) {
+  SparsifierConfig config = rigl_itop(density, total_steps, every);
+  config.budget.distribution = Distribution::kUniform;
+  return config;
+}
+
+SparsifierConfig sampled(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.budget.distribution = Distribution::kUniform;
+  config.rule.grow = GrowCriterion::kSampledGrad;
+  config.order = UpdateOrder::kBeforeStep;
+  return config;
+}
+
+SparsifierConfig rigl_block(const Density& density, int64_t total_steps, int64_t block,
+                            int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.budget.distribution = Distribution::kUniform;
+  config.structure = Structure::blocks(block, block);
+  config.schedule.stagger = true;
+  config.order = UpdateOrder::kBeforeStep;
+  return config;
+}
+SparsifierConfig greedy_block(const Density& density, int64_t total_steps, int64_t block,
+                              int64_t every) {
+  SparsifierConfig config = rigl_block(density, total_steps, block, every);
+  config.rule.grow = GrowCriterion::kGreedyProgress;
+  return config;
+}
+
+SparsifierConfig srigl(const Density& density, int64_t total_steps, double gamma, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.structure = Structure::constant_fan_in();
+  config.ablation.gamma = gamma;
+  config.order = UpdateOrder::kAfterStep;
+  return config;
+}
+
+SparsifierConfig neuron(const Density& density, int64_t total_steps, int64_t every) {
+  SparsifierConfig config = rigl(density, total_steps, every);
+  config.budget.distribution = Distribution::kUniform;
+  config.structure = Structure::coupled_neurons();
+  config.schedule.alpha = 0.1;
+  config.order = UpdateOrder::kBeforeStep;
+  return config;
+}
+
 SparsifierConfig gmp(const Density& density, int64_t total_steps, int64_t every) {
   SparsifierConfig config;
   config.budget.distribution = Distribution::kGlobal;
@@ -90,7 +164,7 @@ SparsifierConfig mest(const Density& density, int64_t total_steps, int64_t every
   SparsifierConfig config;
   config.budget.distribution = Distribution::kUniform;
   config.budget.density = density;
-  config.rule.drop = DropCriterion::kMagnitude;  // MEST: becomes kMest, |w| + lambda |g|
+  config.rule.drop = DropCriterion::kMest;
   config.schedule.total_steps = total_steps;
   config.schedule.every = every;
   config.schedule.alpha = mutation;

@@ -17,10 +17,57 @@ SparsifierConfig static_mask(const Density& density);
 SparsifierConfig set(double epsilon, int64_t steps_per_epoch, int64_t num_epochs,
                      double zeta = 0.3);
 
+/// SET where a weight that was just dropped may come back, as its authors' code does.
+SparsifierConfig set_official(double epsilon, int64_t steps_per_epoch, int64_t num_epochs,
+                              double zeta = 0.3);
+
 /// RigL (Evci et al. 2020): the smallest weights go, those with the largest gradient come and start
 /// with 0; ERK, cosine from 0.3 until three quarters of all steps, instead of the optimizer step.
 /// Batches below about 400 samples want grad_accum above 1, and every * batch above 10^4.
 SparsifierConfig rigl(const Density& density, int64_t total_steps, int64_t every = 100);
+
+/// RigL where a weight that was just dropped may come back, as its authors' code does.
+SparsifierConfig rigl_official(const Density& density, int64_t total_steps, int64_t every = 100);
+
+/// Sparse momentum (SNFS, Dettmers and Zettlemoyer 2019): as RigL, but those with the largest
+/// moving average of the gradient come, which is made of the gradients of all entries in every
+/// step.
+SparsifierConfig snfs(const Density& density, int64_t total_steps, int64_t every = 100);
+
+/// In-time over-parameterization (Liu et al. 2021): RigL with few large updates, from a half to
+/// 0.005 of the weights, until the end of training and after the optimizer step. SparsityTotals has
+/// its rate of weights that were ever active.
+SparsifierConfig rigl_itop(const Density& density, int64_t total_steps, int64_t every = 4000);
+
+/// DSL (dynamic sparse learning of recommenders): RigL-ITOP at one density everywhere, from 100 to
+/// 3000 steps between updates.
+SparsifierConfig dsl(int64_t total_steps, int64_t every = 1000, const Density& density = 0.5);
+
+/// RigL that looks at the gradient of 4 random inactive weights for each that comes, no matter how
+/// large the layer: with a link no gradient of all weights is made. For big experts. Before the
+/// optimizer step, uniform.
+SparsifierConfig sampled(const Density& density, int64_t total_steps, int64_t every = 100);
+
+/// RigL of blocks by Frobenius norms of weights and gradients; uniform, units take turns, before
+/// the optimizer step.
+SparsifierConfig rigl_block(const Density& density, int64_t total_steps, int64_t block = 64,
+                            int64_t every = 100);
+/// The same where those blocks come that guarantee the most progress: norm^2 of the gradient over
+/// the energy of its inputs (Nutini, Laradji and Schmidt). Needs a link.
+SparsifierConfig greedy_block(const Density& density, int64_t total_steps, int64_t block = 64,
+                              int64_t every = 100);
+
+/// SRigL (Lasby et al. 2024): RigL with constant fan-in, after the optimizer step; rows in which
+/// fewer than gamma of the fan-in matter lose it to the others. Without that it falls far behind
+/// below a density of 5 %. List the rows that stay, those of the last layer, in ablation.kept.
+/// @param gamma  0.3 for most networks, 0.95 for transformers; 0: no ablation
+SparsifierConfig srigl(const Density& density, int64_t total_steps, double gamma = 0.3,
+                       int64_t every = 100);
+
+/// Whole hidden units: those with the smallest weights go, those whose outgoing gradient would be
+/// largest come with fresh incoming weights. Slowly: new ones have much to learn. What is left is a
+/// smaller dense expert (compact_experts).
+SparsifierConfig neuron(const Density& density, int64_t total_steps, int64_t every = 500);
 
 /// Gradual magnitude pruning (Zhu and Gupta 2017): from dense to sparse by a cubic ramp over the
 /// first three quarters of all steps; at each update the smallest weights of all units go and none
@@ -34,9 +81,9 @@ SparsifierConfig granet(const Density& density, int64_t total_steps, int64_t eve
                         const Density& initial = Density());
 
 /// MEST (Yuan et al. 2021): uniform; each update prunes the share `mutation` of the weights of each
-/// unit and grows as many anywhere. The share halves after one and two thirds of the updates
-/// (elastic mutation). With grow_first (its soft memory bound) an update grows that share beyond
-/// the density, and the next one prunes what has proven smallest.
+/// unit, the smallest |w| + |g|, and grows as many anywhere. The share halves after one and two
+/// thirds of the updates (elastic mutation). With grow_first (its soft memory bound) an update
+/// grows that share beyond the density, and the next one prunes what has proven smallest.
 SparsifierConfig mest(const Density& density, int64_t total_steps, int64_t every = 100,
                       double mutation = 0.1, bool grow_first = false);
 

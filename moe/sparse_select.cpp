@@ -1,7 +1,6 @@
 #include "moe/sparse_select.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "comm/collectives.h"
@@ -25,10 +24,6 @@ AtomPart atoms_of(const SelectPart& part) {
   atoms.num_atoms = part.candidates->num_places();
   atoms.first_atom = static_cast<uint64_t>(part.first_atom);
   return atoms;
-}
-
-int64_t floor_of(double fraction, int64_t count) {
-  return static_cast<int64_t>(std::floor(fraction * static_cast<double>(count)));
 }
 
 /// One selection after another over the parts of an update.
@@ -217,21 +212,22 @@ std::vector<MaskUpdate> update_over_ranks(const std::vector<UpdatePart>& parts,
     grow_scores.push_back(part.input.grow_scores);
     num_active.push_back(active.count());
     num_changing.push_back(part.is_skipped ? 0 : num_active.back());
-    droppable.push_back(without(active, selector.in_part(u, AtomOrder::kLargest, drop_scores[u],
-                                                         active, part.lowest, update.drop_key)));
+    droppable.push_back(
+        without(active, selector.in_part(u, AtomOrder::kLargestMagnitude, drop_scores[u], active,
+                                         part.lowest, update.drop_key)));
   }
   const int64_t total = selector.sum(num_active);
   const bool grows = rule.grow != GrowCriterion::kNone;
-  const int64_t num_grow = grows ? floor_of(update.fraction, selector.sum(num_changing)) : 0;
+  const int64_t num_grow = grows ? share_of(update.fraction, selector.sum(num_changing)) : 0;
 
-  PartSelection dropped = selector.over_ranks(AtomOrder::kSmallest, drop_scores, droppable,
+  PartSelection dropped = selector.over_ranks(AtomOrder::kSmallestMagnitude, drop_scores, droppable,
                                               total - update.target, update.drop_key);
   for (size_t u = 0; u < parts.size(); ++u) {
     droppable[u] = without(droppable[u], dropped.masks[u]);
     if (parts[u].is_skipped) droppable[u] = PackedMask(droppable[u].rows(), droppable[u].cols());
   }
-  const PartSelection more =
-      selector.over_ranks(AtomOrder::kSmallest, drop_scores, droppable, num_grow, update.drop_key);
+  const PartSelection more = selector.over_ranks(AtomOrder::kSmallestMagnitude, drop_scores,
+                                                 droppable, num_grow, update.drop_key);
   std::vector<PackedMask> kept, eligible, was_dropped, inactive;
   for (size_t u = 0; u < parts.size(); ++u) {
     const PackedMask& active = *parts[u].input.active;
@@ -244,7 +240,7 @@ std::vector<MaskUpdate> update_over_ranks(const std::vector<UpdatePart>& parts,
 
   const int64_t need = update.target - (total - dropped.num_selected - more.num_selected);
   Growth growth(parts, selector, kept, need);
-  const int64_t by_chance = floor_of(rule.random_share, std::max<int64_t>(0, need));
+  const int64_t by_chance = share_of(rule.random_share, std::max<int64_t>(0, need));
   const int64_t by_score = need - by_chance;
   if (rule.grow == GrowCriterion::kGrad) {
     std::vector<PackedMask> with_gradient = eligible;
@@ -255,7 +251,7 @@ std::vector<MaskUpdate> update_over_ranks(const std::vector<UpdatePart>& parts,
         }
       }
     }
-    growth.add(AtomOrder::kLargest, grow_scores, with_gradient, by_score, update.grow_key);
+    growth.add(AtomOrder::kLargestMagnitude, grow_scores, with_gradient, by_score, update.grow_key);
   } else if (rule.grow == GrowCriterion::kUnfired) {
     std::vector<PackedMask> unfired;
     for (size_t u = 0; u < parts.size(); ++u) {
@@ -271,7 +267,8 @@ std::vector<MaskUpdate> update_over_ranks(const std::vector<UpdatePart>& parts,
                update.random_key);
   }
   // The sum comes first: the best of the dropped ones stay; and if the target rose, any come.
-  growth.add(AtomOrder::kLargest, drop_scores, was_dropped, growth.left(), update.drop_key);
+  growth.add(AtomOrder::kLargestMagnitude, drop_scores, was_dropped, growth.left(),
+             update.drop_key);
   growth.add(AtomOrder::kLargest, no_scores, eligible, growth.left(), update.random_key);
   growth.add(AtomOrder::kLargest, no_scores, inactive, growth.left(), update.random_key);
   PERSEID_INVARIANT(growth.left() <= 0);

@@ -23,8 +23,8 @@ struct PartSelection {
   int64_t num_selected = 0;       ///< of all ranks
 };
 
-/// Exactly min(k, candidates of all ranks) candidates: those of the largest or smallest scores,
-/// equal scores by their number among all atoms, mixed with `key`; the set of kernels::select_atoms
+/// Exactly min(k, candidates of all ranks) candidates: those that come first in the order, equal
+/// scores by their number among all atoms, mixed with `key`; the set of kernels::select_atoms
 /// on all units one after another. NaN comes last. Collective over `group`, with the same order, k
 /// and key on all ranks, also on one without units.
 /// Sends at most 8 times 256 counts, and once one for each unit if more than 2^32 atoms have ties.
@@ -57,8 +57,8 @@ struct UpdateOfAll {
 /// which grow what is lacking. The `lowest` best atoms of each unit stay, and none gets more than
 /// `highest`. Where the rule cannot grow enough, the best of the dropped ones stay, then any atoms
 /// come: the sum comes first. Collective over `group`, with the same rule and numbers on all ranks;
-/// scores must be finite. Criteria: drop kMagnitude or any other of one score for each atom; grow
-/// kRandom, kGrad, kUnfired, kNone.
+/// scores must be finite. Criteria: drop kMagnitude or any other whose scores of all units compare;
+/// grow kRandom, kGrad, kUnfired, kNone.
 /// @return for each part; has_no_gradient and num_non_finite are not set
 std::vector<MaskUpdate> update_over_ranks(const std::vector<UpdatePart>& parts,
                                           const UpdateRule& rule, const UpdateOfAll& update,

@@ -39,12 +39,18 @@ at::Tensor by_atom(const AtomLayout& layout, const at::Tensor& values) {
       .permute({0, 2, 1, 3});
 }
 
-/// [rows, cols] bool, on the host.
-at::Tensor flags_of(const PackedMask& mask) {
-  const at::Tensor result = at::empty({mask.rows(), mask.cols()}, at::kBool);
-  kernels::expand_mask(mask.data(), mask.num_places(),
+at::Tensor expanded(const PackedMask& positions) {
+  at::Tensor result = at::empty({positions.rows(), positions.cols()}, at::kBool);
+  kernels::expand_mask(positions.data(), positions.num_places(),
                        static_cast<uint8_t*>(result.mutable_data_ptr()));
   return result;
+}
+
+/// Whether kernels change these values in place.
+bool has_mask_kernel(const at::Tensor& values) {
+  const at::ScalarType type = values.scalar_type();
+  const bool is_known = type == at::kFloat || type == at::kDouble || type == at::kBFloat16;
+  return values.is_cpu() && values.is_contiguous() && is_known;
 }
 
 }  // namespace
@@ -72,6 +78,11 @@ AtomLayout make_layout(const Structure& structure, int64_t out, int64_t in,
   layout.rows = divided_up(out, structure.atom_rows);
   layout.cols = divided_up(in, structure.atom_cols);
   switch (structure.cell) {
+    case Cell::kNeuron:
+      require(structure.atom_rows == 1 && structure.atom_cols == 1, kSparseStructure, "atom",
+              to_text(structure.atom_rows) + "x" + to_text(structure.atom_cols),
+              "is not 1x1; hidden units are whole rows and columns already");
+      [[fallthrough]];
     case Cell::kUnit:
       layout.cells = {1, layout.num_atoms()};
       break;
@@ -137,19 +148,28 @@ PackedMask position_bits(const AtomLayout& layout, const PackedMask& mask) {
 }
 
 at::Tensor position_mask(const AtomLayout& layout, const PackedMask& mask) {
-  return flags_of(position_bits(layout, mask));
+  return expanded(position_bits(layout, mask));
 }
 
 void zero_inactive(const PackedMask& positions, const at::Tensor& inactive,
                    const at::Tensor& values) {
-  const at::ScalarType type = values.scalar_type();
-  const bool has_kernel = type == at::kFloat || type == at::kDouble || type == at::kBFloat16;
-  if (!values.is_cpu() || !values.is_contiguous() || !has_kernel) {
-    values.masked_fill_(inactive.defined() ? inactive : flags_of(positions).logical_not_(), 0);
+  if (!has_mask_kernel(values)) {
+    values.masked_fill_(inactive.defined() ? inactive : expanded(positions).logical_not_(), 0);
     return;
   }
   kernels::zero_inactive(positions.data(), positions.num_places(),
                          dtype_of(values, kSparseStructure), mutable_data_of(values));
+}
+
+void zero_at(const PackedMask& positions, const at::Tensor& values) {
+  if (!has_mask_kernel(values)) {
+    values.masked_fill_(expanded(positions).to(values.device()), 0);
+    return;
+  }
+  const PackedMask others =
+      without(PackedMask::full(positions.rows(), positions.cols()), positions);
+  kernels::zero_inactive(others.data(), others.num_places(), dtype_of(values, kSparseStructure),
+                         mutable_data_of(values));
 }
 
 int64_t count_positions(const AtomLayout& layout, const PackedMask& mask) {

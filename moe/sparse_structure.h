@@ -16,6 +16,9 @@ enum class Cell : uint8_t {
   kUnit,   ///< the whole weight
   kRow,    ///< one row of atoms: constant fan-in; of blocks: block-ELL
   kGroup,  ///< `group` neighbours along `in`, of which `group_keep` are active: N:M
+  /// Hidden units of an expert or between two weights: the rows and columns of each are switched
+  /// together, in all weights that it touches (moe/sparse_neurons.h). Masks are of positions.
+  kNeuron,
 };
 
 /// The pattern of a sparse weight [out, in]. An atom is switched as a whole.
@@ -33,6 +36,7 @@ struct Structure {
   static Structure n_of_m(int64_t n, int64_t m) { return {Cell::kGroup, 1, 1, m, n}; }
   static Structure blocks(int64_t rows, int64_t cols) { return {Cell::kUnit, rows, cols}; }
   static Structure block_ell(int64_t rows, int64_t cols) { return {Cell::kRow, rows, cols}; }
+  static Structure coupled_neurons() { return {Cell::kNeuron}; }
 };
 
 /// A Structure on a weight [out, in]. Atoms are numbered row by row, so a cell is a range of them.
@@ -83,6 +87,11 @@ PackedMask position_bits(const AtomLayout& layout, const PackedMask& mask);
 /// @param values     [out, in]
 void zero_inactive(const PackedMask& positions, const at::Tensor& inactive,
                    const at::Tensor& values);
+
+/// Values of these positions become 0.
+/// @param positions  [out, in]
+/// @param values     [out, in]
+void zero_at(const PackedMask& positions, const at::Tensor& values);
 
 /// Active positions, padding left out.
 int64_t count_positions(const AtomLayout& layout, const PackedMask& mask);

@@ -112,6 +112,8 @@ BudgetTargets::BudgetTargets(const Budget& budget, const Schedule& schedule,
   current_ = first_;
 }
 
+BudgetTargets::BudgetTargets(Allocation fixed) : last_(std::move(fixed)), first_(last_.nnz) {}
+
 /// @param before  those of the window before
 std::vector<int64_t> BudgetTargets::between(const Density& density,
                                             const std::vector<int64_t>& before) const {

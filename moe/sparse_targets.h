@@ -33,6 +33,9 @@ class BudgetTargets {
   /// rises.
   BudgetTargets(const Budget& budget, const Schedule& schedule, std::vector<BudgetUnit> units);
 
+  /// Budgets that stay.
+  explicit BudgetTargets(Allocation fixed);
+
   const Allocation& last() const { return last_; }
   const std::vector<int64_t>& first() const { return first_; }  ///< before the first update
   /// In any order of windows; rising ones are cheap.

@@ -30,7 +30,16 @@ std::string to_string(const UnitKey& key);
 
 /// What random numbers are for; streams of different purposes are independent. The numbers are part
 /// of random keys: never change them.
-enum class UnitDraw : uint64_t { kFirstMask = 1, kDrop, kGrow, kRandomGrow, kFill, kWeights };
+enum class UnitDraw : uint64_t {
+  kFirstMask = 1,
+  kDrop,
+  kGrow,
+  kRandomGrow,
+  kFill,
+  kWeights,
+  kCandidates,
+  kNeuronPlaces
+};
 
 /// Key of the random numbers of one unit in one step: no rank and no order of calls in it.
 inline kernels::RandomKey draw_key(uint64_t seed, int64_t step, const UnitKey& unit,

@@ -1,6 +1,5 @@
 #include "moe/sparsifier.h"
 
-#include <ATen/ops/zeros.h>
 #include <c10/core/GradMode.h>
 
 #include <algorithm>
@@ -86,9 +85,14 @@ void Sparsifier::check_arguments() const {
   const bool has_tokens = schedule.clock == Clock::kTokens;
   require(config_.grad_accum == 1 || !has_tokens, kSparsifier, "grad_accum", config_.grad_accum,
           "is above 1, but with the token clock nobody knows when an update comes");
+  validate(config_.rule);
+  const GrowCriterion grow = config_.rule.grow;
+  require(config_.grad_accum == 1 || grow != GrowCriterion::kMomentum, kSparsifier, "grad_accum",
+          config_.grad_accum, "is above 1, but momentum looks at all steps");
   require(config_.min_rows >= 0, kSparsifier, "min_rows", config_.min_rows, "is negative");
-  require(config_.state.second_moment != GrownSecondMoment::kGradient || needs_gradient(),
-          kSparsifier, "second_moment", "gradient", "needs grow = grad, which looks at gradients");
+  require(
+      config_.state.second_moment != GrownSecondMoment::kGradient || grow == GrowCriterion::kGrad,
+      kSparsifier, "second_moment", "gradient", "needs grow = grad, which looks at gradients");
   require(config_.state.weight_std >= 0, kSparsifier, "weight_std", config_.state.weight_std,
           "is negative");
   require(config_.all_units.empty() || groups_.world.size() == 1, kSparsifier, "all_units",
@@ -100,6 +104,7 @@ void Sparsifier::check_arguments() const {
     require(config_.budget.density == own, kSparsifier, "density", config_.budget.density.value(),
             "differs from " + to_text(own.value()) + ", which N:M fixes; set that");
   }
+  check_neurons();
   for (size_t u = 0; u < units_.size(); ++u) {
     const SparseUnit& unit = units_[u];
     check_unit(unit);
@@ -123,13 +128,22 @@ void Sparsifier::check_arguments() const {
       fail_sparsifier("clock", "tokens",
                       "needs the rows of " + unit.name + ", which nobody counts");
     }
-    if (config_.forward.is_soft() && unit.link == nullptr && !unit.uses_effective) {
+    if (config_.forward.is_soft() && unit.link == nullptr && unit.effective_parts == nullptr &&
+        !unit.uses_effective) {
       fail_sparsifier("forward", "soft",
                       "reaches nothing through " + unit.name +
                           ", whose layer computes with the weight itself; use SparseLinear, or "
                           "Sparsifier::effective and set uses_effective");
     }
-    if (unit.link != nullptr && unit.link->accumulate) {
+    if (grow == GrowCriterion::kGreedyProgress && unit.link == nullptr &&
+        !config_.forward.is_soft()) {
+      fail_sparsifier("grow", "greedy_progress",
+                      "needs the inputs of " + unit.name +
+                          ", which only a link hands over; use SparseLinear, or grad");
+    }
+    const bool has_part = unit.effective_parts != nullptr &&
+                          unit.effective_parts->contains(unit.slot, unit.first_out);
+    if (has_part || (unit.link != nullptr && unit.link->accumulate)) {
       fail_sparsifier("units", unit.name, "belongs to another Sparsifier");
     }
   }
@@ -170,9 +184,12 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
     keys.push_back(known.key);
     layouts.push_back(layout);
   }
-  start_targets(layouts, std::move(budget_units));
+  const bool has_neurons = config_.structure.cell == Cell::kNeuron;
+  std::vector<HiddenLayer> layers = know_hidden_layers();
+  start_targets(layouts, std::move(budget_units), layers);
   const std::vector<UnitKey>& all = config_.all_units.empty() ? keys : config_.all_units;
-  const std::vector<int64_t> offsets = update_offsets(config_.schedule, all);
+  const std::vector<int64_t> offsets =
+      has_neurons ? neuron_offsets(all) : update_offsets(config_.schedule, all);
   for (Known& known : known_) {
     const auto place = std::find(all.begin(), all.end(), known.key);
     if (place == all.end()) {
@@ -196,6 +213,7 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
     states.push_back(std::move(state));
   }
   states_ = std::move(states);
+  hold_hidden_layers(layers);
   if (config_.forward.is_soft()) {
     start_soft();
     return;
@@ -203,22 +221,14 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
   // Nothing is refused from here on: links point to this.
   for (size_t u = 0; u < units_.size(); ++u) {
     const SparseUnit& unit = units_[u];
-    set_mask(u, random_mask(states_[u].layout, states_[u].nnz,
-                            draw_key(config_.seed, 0, unit.key, UnitDraw::kFirstMask)));
+    set_mask(u, has_neurons
+                    ? crossings_of(u)
+                    : random_mask(states_[u].layout, states_[u].nnz,
+                                  draw_key(config_.seed, 0, unit.key, UnitDraw::kFirstMask)));
     if (unit.link != nullptr) {
       unit.link->accumulate = [this, u](const at::Tensor& x, const at::Tensor& delta) {
-        Unit& mine = states_[u];
-        mine.num_pending += x.size(0);
-        const bool is_wanted = is_started_ && current_.actions[u] != UnitAction::kNone;
-        if (!is_wanted || !needs_gradient()) return;
-        const c10::NoGradGuard no_grad;
-        const at::Tensor gradient = delta.t().mm(x);
-        const bool is_double = gradient.scalar_type() == at::kDouble;
-        if (!mine.link_gradient.defined()) {
-          mine.link_gradient = at::zeros(
-              gradient.sizes(), gradient.options().dtype(is_double ? at::kDouble : at::kFloat));
-        }
-        mine.link_gradient.add_(gradient);
+        states_[u].num_pending += x.size(0);
+        take_link(u, x, delta);
       };
     } else if (unit.row_counts != nullptr) {
       ++unit.row_counts->num_readers;
@@ -229,6 +239,9 @@ Sparsifier::Sparsifier(std::vector<SparseUnit> units, SparsifierConfig config,
 
 Sparsifier::~Sparsifier() {
   for (const SparseUnit& unit : units_) {
+    if (config_.forward.is_soft() && unit.effective_parts != nullptr) {
+      unit.effective_parts->erase(unit.slot, unit.first_out);
+    }
     if (unit.link != nullptr) {
       *unit.link = {};
     } else if (unit.row_counts != nullptr) {
@@ -263,8 +276,6 @@ void Sparsifier::attach(torch::optim::Optimizer& optimizer) {
   optimizers_.push_back(&optimizer);
 }
 
-bool Sparsifier::needs_gradient() const { return config_.rule.grow == GrowCriterion::kGrad; }
-
 bool Sparsifier::has_token_clock(const Known& unit) const {
   return config_.schedule.clock == Clock::kTokens && unit.holders == Holders::kReplicas;
 }
@@ -290,6 +301,7 @@ double Sparsifier::time_of(const Known& unit, int64_t step) const {
 
 bool Sparsifier::is_due(const Known& unit, int64_t step) const {
   const Schedule& schedule = config_.schedule;
+  if (is_freeing_step(unit, step)) return true;
   if (!has_token_clock(unit)) return is_update_step(schedule, step, unit.offset);
   if (step < schedule.begin || step >= schedule.end_step()) return false;
   return update_window(schedule, time_of(unit, step), unit.offset) > unit.window;
@@ -304,11 +316,10 @@ StepPlan Sparsifier::plan(int64_t step) const {
     if (is_due(unit, step)) {
       action = UnitAction::kUpdate;
     } else if (needs_gradient()) {
-      for (int64_t ahead = 1; ahead < config_.grad_accum; ++ahead) {
-        if (!is_due(unit, step + ahead)) continue;
-        action = UnitAction::kAccumulate;
-        break;
-      }
+      const Schedule& schedule = config_.schedule;
+      const bool is_averaged = config_.rule.grow == GrowCriterion::kMomentum &&
+                               step < schedule.end_step() && schedule.begin < schedule.end_step();
+      if (is_averaged || next_update(unit, step) >= 0) action = UnitAction::kAccumulate;
     }
     result.actions.push_back(action);
   }
@@ -329,19 +340,17 @@ StepPlan Sparsifier::begin_step(int64_t step) {
                 " steps so far; train before begin=" + to_text(schedule.begin) + ", or set it");
     mean_rows_ = mean;
   }
+  remove_candidates();  // of a step that was not ended
   current_ = plan(step);
   due_.clear();
   for (size_t i = 0; i < known_.size(); ++i) {
     known_[i].time = time_of(known_[i], step);
     if (is_due(known_[i], step)) due_.push_back(i);
   }
+  begin_sources(step);
   is_started_ = true;
   last_step_ = step;
-  // A sum that its update did not take, because a step was left out, is of no use.
-  for (size_t u = 0; u < units_.size(); ++u) {
-    states_[u].link_gradient = at::Tensor();
-    if (current_.actions[u] == UnitAction::kNone) states_[u].grad_sum = at::Tensor();
-  }
+  place_candidates(step);
   return current_;
 }
 
@@ -359,29 +368,12 @@ void Sparsifier::count_rows(const UnitKey& key, int64_t num_rows) {
   find(key).num_pending += num_rows;
 }
 
-void Sparsifier::add_gradient(size_t u, const at::Tensor& gradient) {
-  const c10::NoGradGuard no_grad;
-  const at::ScalarType type = gradient.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor& sum = states_[u].grad_sum;
-  if (!sum.defined()) sum = at::zeros(gradient.sizes(), gradient.options().dtype(type));
-  sum.add_(gradient);
-}
-
 UpdateReport Sparsifier::end_backward(int64_t step) {
   require_step("end_backward", step);
   const c10::NoGradGuard no_grad;
   const comm::CallSite site{.operation = kSparsifier, .step = step};
-  if (needs_gradient()) {
-    add_link_gradients(Holders::kAllRanks, site);
-    add_link_gradients(Holders::kReplicas, site);
-    for (size_t u = 0; u < units_.size(); ++u) {
-      const SparseUnit& unit = units_[u];
-      const bool is_wanted = current_.actions[u] != UnitAction::kNone && unit.link == nullptr;
-      if (is_wanted && unit.parameter.grad().defined()) {
-        add_gradient(u, unit.part_of(unit.parameter.grad()));
-      }
-    }
-  }
+  remove_candidates();
+  if (needs_gradient()) add_sources(site);
   if (config_.schedule.clock == Clock::kTokens) {
     sum_rows(site);
     ++num_counted_steps_;
@@ -447,6 +439,9 @@ UnitStats Sparsifier::stats(const UnitKey& key) const {
   stats.num_skipped = unit.num_skipped;
   if (unit.num_updates > 0) stats.churn = unit.churn_sum / static_cast<double>(unit.num_updates);
   stats.fingerprint = unit.mask.fingerprint();
+  const PackedMask positions = position_bits(unit.layout, unit.mask);
+  stats.active_rows = active_rows(positions).count();
+  stats.active_columns = active_columns(positions).count();
   return stats;
 }
 

@@ -8,11 +8,14 @@
 #include <string>
 #include <vector>
 
+#include "moe/effective_parts.h"
 #include "moe/parallel_groups.h"
 #include "moe/row_counts.h"
 #include "moe/soft_mask.h"
+#include "moe/sparse_ablation.h"
 #include "moe/sparse_budget.h"
 #include "moe/sparse_mask.h"
+#include "moe/sparse_neurons.h"
 #include "moe/sparse_schedule.h"
 #include "moe/sparse_structure.h"
 #include "moe/sparse_targets.h"
@@ -65,9 +68,12 @@ struct SparseUnit {
   std::shared_ptr<RowCounts> row_counts;
   size_t row_slot = 0;
   bool counts_rows = false;  ///< Sparsifier::count_rows is called for this unit
-  /// Without a link: whoever owns the weight computes with Sparsifier::effective, as soft methods
-  /// need.
+  /// Without a link, for soft methods: the layer computes with effective_parts->of(parameter).
+  std::shared_ptr<EffectiveParts> effective_parts;
+  /// Without either: whoever owns the weight computes with Sparsifier::effective.
   bool uses_effective = false;
+  /// Its products get a bias: a row of 0 does not give 0.
+  bool has_bias = false;
 
   at::Tensor weight() const;  ///< [out, in], detached, shares memory with the parameter
   /// The same part of a tensor that is shaped like the parameter.
@@ -123,8 +129,8 @@ struct SparsifierConfig {
   Forward forward;
   StatePolicy state;
   UpdateOrder order = UpdateOrder::kBeforeStep;
-  /// kGrad: an update looks at the sum of the gradients of this many steps, its own the last; one
-  /// in the first steps has fewer.
+  /// An update looks at the sum of the gradients of this many steps, its own the last; one in the
+  /// first steps has fewer. 1 for kMomentum, which looks at all steps.
   int64_t grad_accum = 1;
   /// An update is skipped if the unit had fewer rows since its last one. Units whose rows are
   /// counted only.
@@ -133,6 +139,13 @@ struct SparsifierConfig {
   /// One process that has some of the units of a model only: the keys of all, for updates that take
   /// turns. Empty: there are no others. With several ranks it stays empty.
   std::vector<UnitKey> all_units;
+  /// Constant fan-in with grow = grad: rows of little use lose their weights to the others. A unit
+  /// keeps its number of weights exactly unless loses_rest is set.
+  Ablation ablation;
+  /// Structure::coupled_neurons(): every unit's rows or columns are hidden units, an expert's
+  /// matrices all of one number. Density is the share of them that is active; a weight between two
+  /// hidden layers has the product. Scores are Frobenius norms of all parts of a hidden unit.
+  Neurons neurons;
 };
 /// One line for a log: every field that changes the training.
 std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config);
@@ -170,6 +183,8 @@ struct UnitStats {
   int64_t num_skipped = 0;
   double churn = 0;          ///< mean over the updates of dropped / active atoms
   uint64_t fingerprint = 0;  ///< of the mask
+  int64_t active_rows = 0;   ///< with an active weight
+  int64_t active_columns = 0;
 };
 /// Sums over the units of all ranks, each once.
 struct SparsityTotals {
@@ -194,10 +209,14 @@ struct UnitState {
   int64_t num_rows = 0;  ///< since the last update
   int64_t num_updates = 0;
   int64_t num_skipped = 0;
-  double churn_sum = 0;      ///< of dropped / active atoms over the updates
-  int64_t total_rows = 0;    ///< since the start, with Clock::kTokens
-  int64_t window = -1;       ///< of its last update, with Clock::kTokens
-  at::Tensor grad_sum;       ///< [out, in], inside a window of grad_accum steps; else undefined
+  double churn_sum = 0;    ///< of dropped / active atoms over the updates
+  int64_t total_rows = 0;  ///< since the start, with Clock::kTokens
+  int64_t window = -1;     ///< of its last update, with Clock::kTokens
+  /// Inside a window of grad_accum steps, else undefined: [out, in]; kSampledGrad [1, positions of
+  /// the candidates]. kMomentum: the moving average, [out, in], until `end`.
+  at::Tensor grad_sum;
+  at::Tensor active_sum;     ///< of drop criteria with gradients: [1, active positions]
+  at::Tensor energy_sum;     ///< kGreedyProgress: [1, in] float64
   PackedMask backward;       ///< kTopKast: weights that the gradient reaches
   int64_t nnz = 0;           ///< weights that `mask` has, with padded ones
   int64_t frame = 0;         ///< of Schedule::nm_ramp
@@ -242,14 +261,19 @@ struct SparsifierState {
 ///
 /// Budgets that change (schedule.density_ramp, nm_ramp and grow_first, Distribution::kGlobal and
 /// kLoad) change with the updates. Their sum is exact after each, also where a unit is skipped.
-/// Under kGlobal one selection is made over the units of all ranks.
+/// Under kGlobal one selection is made over the units of all ranks, by magnitudes. They go with
+/// neither coupled neurons, ablation nor kSampledGrad.
+///
+/// Coupled neurons: from begin_step to end_backward weights may hold candidates (see
+/// moe/sparse_neurons.h), so begin_step comes before the forward, and weights are not to be saved
+/// in between.
 ///
 /// Evaluate and save before the update of a step, not after it: grown weights are untrained.
 ///
 /// Under a soft method (config.forward) parameters and gradients are dense, and layers compute with
-/// effective(): SparseLinear does so by itself. begin_step chooses the masks from the weights and
-/// is collective then; mask, nnz and stats are those of the last step. An optimizer's own weight
-/// decay reaches all weights.
+/// effective(): SparseLinear and grouped experts do so by themselves. begin_step chooses the masks
+/// from the weights and is collective then; mask, nnz and stats are those of the last step. An
+/// optimizer's own weight decay reaches all weights.
 class Sparsifier {
  public:
   /// Draws the first masks and sets inactive weights to 0. Throws ConfigError for a unit that is
@@ -285,6 +309,9 @@ class Sparsifier {
   const std::vector<SparseUnit>& units() const { return units_; }  ///< ordered by key
   const SparsifierConfig& config() const { return config_; }
   const PackedMask& mask(const UnitKey& key) const;  ///< of atoms
+  /// Structure::coupled_neurons(): active hidden units [1, F], of which `key` has the columns, as
+  /// compact_experts takes them.
+  const PackedMask& neurons(const UnitKey& key) const;
   /// What a layer computes with, differentiable by the parameter: hard masks the weight itself.
   at::Tensor effective(const UnitKey& key) const;  ///< [out, in]
   const AtomLayout& layout(const UnitKey& key) const;
@@ -310,29 +337,39 @@ class Sparsifier {
   struct Unit;
   struct Known;
   struct Proposal;
+  struct Hidden;
   struct Goal;
   struct Scores;
   Unit& find(const UnitKey& key);
   const Unit& find(const UnitKey& key) const;
   bool needs_gradient() const;
+  int64_t next_update(const Known& unit, int64_t step) const;
+  void begin_sources(int64_t step);
+  void take_link(size_t u, const at::Tensor& x, const at::Tensor& delta);
+  void add_sources(const comm::CallSite& site);
+  void forget_sources(Unit& unit) const;
+  bool wants_gradient(size_t u) const;
   bool has_token_clock(const Known& unit) const;
   double mean_rows(int64_t step) const;
   double time_of(const Known& unit, int64_t step) const;
   bool is_due(const Known& unit, int64_t step) const;
   bool is_primary(size_t u) const;
   int64_t rows_here(size_t u) const;
-  void add_gradient(size_t u, const at::Tensor& gradient);
+  void add_gradient(size_t u, const at::Tensor& gradient, bool is_owned);
   void add_link_gradients(Holders holders, const comm::CallSite& site);
   std::vector<int64_t> summed_rows(const comm::CallSite& site) const;
   void sum_rows(const comm::CallSite& site);
   UpdateReport update(int64_t step);
   SkipReason skip_reason(size_t u) const;
+  at::Tensor drop_scores_of(size_t u) const;
+  at::Tensor grow_scores_of(size_t u) const;
   Scores scores_of(size_t u, int64_t step) const;
   MaskUpdate skipped_change(size_t u, const Goal& goal, int64_t step) const;
-  Proposal propose(size_t u, int64_t step);
+  Proposal propose(size_t u, int64_t step, const std::vector<Proposal>& earlier);
   [[noreturn]] void fail_diverged(size_t u, int64_t num_non_finite, int64_t step) const;
   void apply(size_t u, int64_t step, const MaskUpdate& change);
   void set_mask(size_t u, PackedMask mask);
+  void set_link(size_t u);
   void keep_active(size_t u, const at::Tensor& values) const;
   PackedMask slot_positions(size_t u, const PackedMask& mask) const;
   void change_compressed(size_t u, const PackedMask& mask, GrownSecondMoment policy,
@@ -340,7 +377,8 @@ class Sparsifier {
   void check_arguments() const;
   // Budgets that change, sparsifier_targets.cpp.
   void check_targets() const;
-  void start_targets(const std::vector<AtomLayout>& layouts, std::vector<BudgetUnit> units);
+  void start_targets(const std::vector<AtomLayout>& layouts, std::vector<BudgetUnit> units,
+                     std::vector<HiddenLayer>& hidden_layers);
   bool has_changing_budgets() const;
   void choose_targets(int64_t step, const comm::CallSite& site);
   Goal goal_of(size_t u, int64_t step) const;
@@ -353,6 +391,26 @@ class Sparsifier {
   void require_same_fingerprints(const std::vector<size_t>& units,
                                  const std::vector<uint64_t>& fingerprints, const char* what,
                                  const comm::CallSite& site) const;
+  void check_neurons() const;
+  std::vector<HiddenLayer> know_hidden_layers();
+  Allocation allocate_neurons(std::vector<HiddenLayer>& layers) const;
+  std::vector<int64_t> neuron_offsets(const std::vector<UnitKey>& keys) const;
+  void hold_hidden_layers(const std::vector<HiddenLayer>& layers);
+  PackedMask crossings_of(size_t u) const;
+  int64_t next_update(size_t u, int64_t step) const;
+  PackedMask candidate_places(const Hidden& layer, int64_t update_step) const;
+  at::Tensor candidate_rows(size_t u, const std::vector<int64_t>& places,
+                            int64_t update_step) const;
+  void place_candidates(int64_t step);
+  void remove_candidates();
+  MaskUpdate change_neurons(const Hidden& layer, int64_t step, UnitUpdate& report) const;
+  std::vector<Proposal> propose_neurons(int64_t step);
+  void start_grown_rows(size_t u, int64_t step, const PackedMask& mask);
+  void check_saved_neurons(const std::vector<const PackedMask*>& masks) const;
+  bool has_ablation(size_t u) const;
+  bool is_freeing_step(const Known& unit, int64_t step) const;
+  PackedMask barred_columns(size_t u, int64_t step, const std::vector<Proposal>& earlier) const;
+  bool keeps_budget(size_t u, const AtomLayout& layout, const UnitState& saved) const;
   void start_soft();
   void set_soft_mask(size_t u, SoftMask mask);
   void choose_masks(int64_t step);
@@ -368,6 +426,7 @@ class Sparsifier {
   std::vector<int> replica_ranks_;  ///< of groups_.expert_replicas, in world
   std::vector<Unit> states_;        ///< of each of units_
   std::vector<Known> known_;        ///< units of all ranks, ordered by key
+  std::vector<Hidden> hidden_;      ///< of this rank; with coupled neurons or ablation only
   std::vector<torch::optim::Optimizer*> optimizers_;
   int64_t budget_rest_ = 0;
   std::vector<BudgetUnit> budget_units_;  ///< of known_

@@ -25,16 +25,49 @@ const char* name_of(Distribution distribution) {
   return "?";
 }
 const char* name_of(Cell cell) {
-  return cell == Cell::kUnit ? "unit" : cell == Cell::kRow ? "row" : "group";
+  switch (cell) {
+    case Cell::kUnit:
+      return "unit";
+    case Cell::kRow:
+      return "row";
+    case Cell::kGroup:
+      return "group";
+    case Cell::kNeuron:
+      return "neuron";
+  }
+  return "?";
 }
 const char* name_of(DropCriterion drop) {
-  return drop == DropCriterion::kMagnitude ? "magnitude" : "set_signed";
+  switch (drop) {
+    case DropCriterion::kMagnitude:
+      return "magnitude";
+    case DropCriterion::kSetSigned:
+      return "set_signed";
+    case DropCriterion::kMest:
+      return "mest";
+    case DropCriterion::kTaylor:
+      return "taylor";
+  }
+  return "?";
 }
 const char* name_of(GrowCriterion grow) {
-  return grow == GrowCriterion::kRandom ? "random"
-         : grow == GrowCriterion::kGrad ? "grad"
-         : grow == GrowCriterion::kNone ? "none"
-                                        : "unfired";
+  switch (grow) {
+    case GrowCriterion::kRandom:
+      return "random";
+    case GrowCriterion::kGrad:
+      return "grad";
+    case GrowCriterion::kUnfired:
+      return "unfired";
+    case GrowCriterion::kMomentum:
+      return "momentum";
+    case GrowCriterion::kSampledGrad:
+      return "sampled_grad";
+    case GrowCriterion::kGreedyProgress:
+      return "greedy_progress";
+    case GrowCriterion::kNone:
+      return "none";
+  }
+  return "?";
 }
 const char* name_of(Anneal anneal) {
   switch (anneal) {
@@ -105,7 +138,7 @@ void write_targets(std::ostream& out, const Budget& budget, const Schedule& sche
 
 std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
   const auto& [budget, structure, rule, schedule, forward, state, order, grad_accum, min_rows, seed,
-               units] = config;
+               units, ablation, neurons] = config;
   out << "budget=" << name_of(budget.distribution) << " density=" << budget.density.numerator()
       << "/" << budget.density.denominator() << " power=" << budget.power
       << " epsilon=" << budget.epsilon;
@@ -117,7 +150,9 @@ std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
       << structure.atom_cols << " group=" << structure.group_keep << ":" << structure.group
       << " pad=" << structure.pad << " drop=" << name_of(rule.drop)
       << " grow=" << name_of(rule.grow) << " random_share=" << rule.random_share
-      << " exclude_just_dropped=" << rule.exclude_just_dropped << " begin=" << schedule.begin
+      << " exclude_just_dropped=" << rule.exclude_just_dropped
+      << " mest_lambda=" << rule.mest_lambda << " momentum_decay=" << rule.momentum_decay
+      << " candidates_per_grown=" << rule.candidates_per_grown << " begin=" << schedule.begin
       << " end=" << schedule.end_step() << " every=" << schedule.every
       << " alpha=" << schedule.alpha << " anneal=" << name_of(schedule.anneal)
       << " power=" << schedule.power << " alpha_min=" << schedule.alpha_min
@@ -130,6 +165,22 @@ std::ostream& operator<<(std::ostream& out, const SparsifierConfig& config) {
       << " seed=" << seed;
   write_targets(out, budget, schedule);
   out << forward;
+  if (ablation.is_on()) {
+    out << " gamma=" << ablation.gamma
+        << " free_columns=" << (ablation.free_columns == FreeColumns::kAtEnd ? "at_end" : "now")
+        << " loses_rest=" << ablation.loses_rest;
+    for (const std::string& pattern : ablation.kept) out << " kept=" << pattern;
+  }
+  if (structure.cell == Cell::kNeuron) out << " candidates=" << neurons.candidates;
+  for (const NeuronLink& link : neurons.links) {
+    const auto add = [&out](const UnitKey& key) {
+      out << key.layer << "." << key.expert << "." << static_cast<int>(key.matrix);
+    };
+    out << " link=";
+    add(link.rows_of);
+    out << ">";
+    add(link.columns_of);
+  }
   return out;
 }
 

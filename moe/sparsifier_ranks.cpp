@@ -16,7 +16,7 @@ namespace {
 /// Who holds a unit, as the ranks say.
 struct HeldUnit {
   std::vector<int> ranks;
-  int64_t out = 0, in = 0, holders = 0, counts_rows = 0, is_double = 0;
+  int64_t out = 0, in = 0, holders = 0, counts_rows = 0, is_double = 0, has_bias = 0;
   std::string name;
 };
 
@@ -42,6 +42,7 @@ std::string list_of(const std::vector<int>& ranks) {
 std::string facts_of(const HeldUnit& unit) {
   return unit.name + " [" + to_text(unit.out) + ", " + to_text(unit.in) + "]" +
          (unit.is_double != 0 ? " float64" : "") + (unit.counts_rows != 0 ? " with rows" : "") +
+         (unit.has_bias != 0 ? " with bias" : "") +
          (unit.holders == static_cast<int64_t>(Holders::kReplicas) ? " of an expert" : "");
 }
 
@@ -104,8 +105,8 @@ void Sparsifier::know_units(const comm::CallSite& site) {
     const bool counts = unit.link != nullptr || unit.row_counts != nullptr || unit.counts_rows;
     mine << unit.key.layer << ' ' << unit.key.expert << ' ' << static_cast<int>(unit.key.matrix)
          << ' ' << weight.size(0) << ' ' << weight.size(1) << ' ' << static_cast<int>(unit.holders)
-         << ' ' << counts << ' ' << (weight.scalar_type() == at::kDouble) << ' ' << unit.name.size()
-         << ' ' << unit.name << '\n';
+         << ' ' << counts << ' ' << (weight.scalar_type() == at::kDouble) << ' ' << unit.has_bias
+         << ' ' << unit.name.size() << ' ' << unit.name << '\n';
   }
   std::map<UnitKey, HeldUnit> found;
   const std::vector<std::string> lists = gather_bytes(mine.str(), world, site);
@@ -116,7 +117,7 @@ void Sparsifier::know_units(const comm::CallSite& site) {
     int matrix = 0;
     size_t name_size = 0;
     while (list >> key.layer >> key.expert >> matrix >> unit.out >> unit.in >> unit.holders >>
-           unit.counts_rows >> unit.is_double >> name_size) {
+           unit.counts_rows >> unit.is_double >> unit.has_bias >> name_size) {
       key.matrix = static_cast<Matrix>(matrix);
       unit.name.resize(name_size);
       list.get();
@@ -152,6 +153,7 @@ void Sparsifier::know_units(const comm::CallSite& site) {
     known.in = unit.in;
     known.holders = static_cast<Holders>(unit.holders);
     known.counts_rows = unit.counts_rows != 0;
+    known.has_bias = unit.has_bias != 0;
     known_.push_back(known);
   }
 }
@@ -195,43 +197,70 @@ void Sparsifier::sum_rows(const comm::CallSite& site) {
 }
 
 /// Sums over the holders what links were given in this step, with its sign, and adds it to the sums
-/// of the window. All holders have the same units in the same order.
+/// of the window. All holders have the same units in the same order, and the same candidates.
 void Sparsifier::add_link_gradients(Holders holders, const comm::CallSite& site) {
   const comm::Group& group =
       holders == Holders::kAllRanks ? groups_.world : groups_.expert_replicas;
   std::vector<size_t> units;
   for (size_t u = 0; u < units_.size(); ++u) {
     const bool is_wanted = units_[u].link != nullptr && units_[u].holders == holders &&
-                           current_.actions[u] != UnitAction::kNone;
+                           current_.actions[u] != UnitAction::kNone && wants_gradient(u);
     if (is_wanted) units.push_back(u);
   }
   if (units.empty()) return;
   if (group.size() > 1) {
+    struct Sum {
+      at::Tensor* tensor;
+      std::vector<int64_t> sizes;
+      at::TensorOptions options;
+    };
+    std::vector<Sum> parts;
     int64_t count = 0;
-    for (const size_t u : units) count += states_[u].layout.out * states_[u].layout.in;
+    const auto add_part = [&](at::Tensor& tensor, int64_t rows, int64_t cols,
+                              const at::TensorOptions& options) {
+      parts.push_back({&tensor, {rows, cols}, options});
+      count += rows * cols;
+    };
+    for (const size_t u : units) {
+      Unit& state = states_[u];
+      const at::Tensor weight = units_[u].weight();
+      const at::TensorOptions options =
+          weight.options().dtype(weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+      if (config_.rule.grow == GrowCriterion::kSampledGrad) {
+        add_part(state.link_gradient, 1, state.sampled.count(), options);
+      } else {
+        add_part(state.link_gradient, state.layout.out, state.layout.in, options);
+      }
+      if (config_.rule.grow == GrowCriterion::kGreedyProgress) {
+        add_part(state.link_energy, 1, state.layout.in, options.dtype(at::kDouble));
+      }
+    }
     const at::Tensor sums = at::empty({count}, at::kDouble).zero_();
     const auto for_each = [&](auto&& body) {
       int64_t first = 0;
-      for (const size_t u : units) {
-        const AtomLayout& layout = states_[u].layout;
-        body(states_[u],
-             sums.narrow(0, first, layout.out * layout.in).view({layout.out, layout.in}), u);
-        first += layout.out * layout.in;
+      for (const Sum& part : parts) {
+        const int64_t size = part.sizes[0] * part.sizes[1];
+        body(part, sums.narrow(0, first, size).view(part.sizes));
+        first += size;
       }
     };
-    for_each([](const Unit& state, const at::Tensor& part, size_t) {
-      if (state.link_gradient.defined()) part.copy_(state.link_gradient);
+    for_each([](const Sum& part, const at::Tensor& place) {
+      if (part.tensor->defined()) place.copy_(*part.tensor);
     });
     comm::all_reduce(sums.mutable_data_ptr<double>(), count, comm::ReduceOp::kSum, group, site);
-    for_each([this](Unit& state, const at::Tensor& part, size_t u) {
-      const at::Tensor weight = units_[u].weight();
-      state.link_gradient =
-          part.to(weight.device(), weight.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    for_each([](const Sum& part, const at::Tensor& place) {
+      *part.tensor = place.to(part.options, /*non_blocking=*/false, /*copy=*/true);
     });
   }
   for (const size_t u : units) {
-    if (states_[u].link_gradient.defined()) add_gradient(u, states_[u].link_gradient);
-    states_[u].link_gradient = at::Tensor();
+    Unit& state = states_[u];
+    add_gradient(u, state.link_gradient, /*is_owned=*/true);
+    state.link_gradient = at::Tensor();
+    if (state.link_energy.defined()) {
+      state.energy_sum =
+          state.energy_sum.defined() ? state.energy_sum.add_(state.link_energy) : state.link_energy;
+    }
+    state.link_energy = at::Tensor();
   }
 }
 

@@ -25,6 +25,12 @@ void Sparsifier::start_soft() {
       ++unit.row_counts->num_readers;
       states_[u].num_rows_seen = unit.row_counts->rows[unit.row_slot];
     }
+    if (unit.link == nullptr && unit.effective_parts != nullptr) {
+      unit.effective_parts->set(unit.slot, unit.first_out, unit.num_out,
+                                [this, u](const at::Tensor& weight) {
+                                  return effective_weight(weight, states_[u].soft);
+                                });
+    }
   }
 }
 

@@ -60,6 +60,25 @@ class ByteReader {
   size_t next_ = 0;
 };
 
+void write(const at::Tensor& matrix, ByteWriter& bytes) {
+  bytes.add(matrix.defined());
+  if (!matrix.defined()) return;
+  const at::Tensor values = matrix.cpu().contiguous();
+  bytes.add(values.scalar_type() == at::kDouble);
+  bytes.add(values.size(0));
+  bytes.add(values.size(1));
+  bytes.add(data_of(values), values.nbytes());
+}
+
+at::Tensor read_matrix(ByteReader& bytes) {
+  if (!bytes.take<bool>()) return {};
+  const bool is_double = bytes.take<bool>();
+  const auto rows = bytes.take<int64_t>(), cols = bytes.take<int64_t>();
+  const at::Tensor matrix = at::empty({rows, cols}, is_double ? at::kDouble : at::kFloat);
+  bytes.take(mutable_data_of(matrix), matrix.nbytes());
+  return matrix;
+}
+
 void write(const UnitState& unit, ByteWriter& bytes) {
   bytes.add(unit.key.layer);
   bytes.add(unit.key.expert);
@@ -74,13 +93,9 @@ void write(const UnitState& unit, ByteWriter& bytes) {
   bytes.add(unit.mask);
   bytes.add(unit.ever_active);
   bytes.add(unit.backward);
-  bytes.add(unit.grad_sum.defined());
-  if (!unit.grad_sum.defined()) return;
-  const at::Tensor sum = unit.grad_sum.cpu().contiguous();
-  bytes.add(sum.scalar_type() == at::kDouble);
-  bytes.add(sum.size(0));
-  bytes.add(sum.size(1));
-  bytes.add(data_of(sum), sum.nbytes());
+  for (const at::Tensor& sum : {unit.grad_sum, unit.active_sum, unit.energy_sum}) {
+    write(sum, bytes);
+  }
 }
 
 UnitState read(ByteReader& bytes) {
@@ -98,11 +113,9 @@ UnitState read(ByteReader& bytes) {
   unit.mask = bytes.take_mask();
   unit.ever_active = bytes.take_mask();
   unit.backward = bytes.take_mask();
-  if (!bytes.take<bool>()) return unit;
-  const bool is_double = bytes.take<bool>();
-  const auto out = bytes.take<int64_t>(), in = bytes.take<int64_t>();
-  unit.grad_sum = at::empty({out, in}, is_double ? at::kDouble : at::kFloat);
-  bytes.take(mutable_data_of(unit.grad_sum), unit.grad_sum.nbytes());
+  for (at::Tensor* const sum : {&unit.grad_sum, &unit.active_sum, &unit.energy_sum}) {
+    *sum = read_matrix(bytes);
+  }
   return unit;
 }
 
@@ -152,6 +165,8 @@ SparsifierState Sparsifier::state_dict() const {
     state.backward = unit.soft.backward;
     state.chosen_step = unit.soft.chosen_step;
     if (unit.grad_sum.defined()) state.grad_sum = unit.grad_sum.clone();
+    if (unit.active_sum.defined()) state.active_sum = unit.active_sum.clone();
+    if (unit.energy_sum.defined()) state.energy_sum = unit.energy_sum.clone();
     if (is_alone) {
       result.units.push_back(std::move(state));
     } else if (is_primary(u)) {
@@ -206,6 +221,9 @@ void Sparsifier::load(const SparsifierState& state) {
       check_saved_budget(u, saved, state.step);
     }
     check_saved_sum(found, state.step);
+    std::vector<const PackedMask*> masks;
+    for (const Unit& mine : states_) masks.push_back(&found[mine.place]->mask);
+    check_saved_neurons(masks);
   });
   std::vector<size_t> units;
   std::vector<uint64_t> fingerprints;
@@ -238,6 +256,7 @@ void Sparsifier::load(const SparsifierState& state) {
   }
   mean_rows_ = state.mean_rows;
   num_counted_steps_ = state.num_counted_steps;
+  for (Hidden& layer : hidden_) layer.candidates.clear();  // set_mask takes them away
   for (size_t u = 0; u < units_.size(); ++u) {
     Unit& mine = states_[u];
     const UnitState& saved = *found[mine.place];
@@ -259,11 +278,15 @@ void Sparsifier::load(const SparsifierState& state) {
     mine.num_updates = saved.num_updates;
     mine.num_skipped = saved.num_skipped;
     mine.churn_sum = saved.churn_sum;
-    mine.grad_sum = at::Tensor();
-    if (saved.grad_sum.defined()) {
-      mine.grad_sum = saved.grad_sum.clone().to(units_[u].weight().device());
-    }
+    const auto restored = [&](const at::Tensor& sum) {
+      return sum.defined() ? sum.clone().to(units_[u].weight().device()) : at::Tensor();
+    };
+    mine.grad_sum = restored(saved.grad_sum);
+    mine.active_sum = restored(saved.active_sum);
+    mine.energy_sum = restored(saved.energy_sum);
+    mine.candidates_step = -1;
     mine.link_gradient = at::Tensor();
+    mine.link_energy = at::Tensor();
   }
   is_started_ = false;
   last_step_ = state.step;

@@ -24,7 +24,7 @@ int64_t num_non_finite_of(const PackedMask& atoms, const float* scores) {
   }
   return count;
 }
-bool is_all_zero(const PackedMask& atoms, const float* scores) {
+bool are_all_zero(const PackedMask& atoms, const float* scores) {
   for (int64_t atom = 0; atom < atoms.num_places(); ++atom) {
     if (atoms.test(atom) && scores[atom] != 0.0f) return false;
   }
@@ -54,6 +54,14 @@ void Sparsifier::check_targets() const {
   const char* const name = is_global ? "global" : "load";
   require(!has_changing_budgets() || !config_.forward.is_soft(), kSparsifier, "forward", "soft",
           "chooses masks of budgets that stay; give up ramps, grow_first, global and load");
+  require(!has_changing_budgets() || structure.cell != Cell::kNeuron, kSparsifier, "structure",
+          "neuron", "has budgets that stay; give up ramps, grow_first, global and load");
+  require(!has_changing_budgets() || !config_.ablation.is_on(), kSparsifier, "ablation", "on",
+          "shares budgets that stay; give up ramps, grow_first, global and load");
+  require(!has_changing_budgets() || rule.grow != GrowCriterion::kSampledGrad, kSparsifier, "grow",
+          "sampled_grad",
+          "draws candidates for a budget that stays; choose grad, or give up ramps, grow_first, "
+          "global and load");
   require(!is_shared || (schedule.clock == Clock::kStep && !schedule.stagger), kSparsifier,
           "distribution", name,
           "needs all units to update in one step; without stagger, by Clock::kStep");
@@ -63,6 +71,8 @@ void Sparsifier::check_targets() const {
           "selects atoms of any row; choose a structure whose cell is the unit, or load");
   require(!is_global || rule.drop != DropCriterion::kSetSigned, kSparsifier, "distribution", name,
           "compares scores of all units, which set_signed has not; choose magnitude");
+  require(!is_global || !drops_by_gradient(rule.drop), kSparsifier, "distribution", name,
+          "compares weights of all units, also of those without a gradient; choose magnitude");
   const bool grows_globally =
       rule.grow == GrowCriterion::kRandom || rule.grow == GrowCriterion::kGrad ||
       rule.grow == GrowCriterion::kUnfired || rule.grow == GrowCriterion::kNone;
@@ -87,10 +97,14 @@ void Sparsifier::check_targets() const {
 }
 
 /// On all ranks alike, as known_ is.
+/// @param hidden_layers  with coupled neurons their num_active is set
 void Sparsifier::start_targets(const std::vector<AtomLayout>& layouts,
-                               std::vector<BudgetUnit> units) {
+                               std::vector<BudgetUnit> units,
+                               std::vector<HiddenLayer>& hidden_layers) {
   budget_units_ = std::move(units);
-  targets_ = BudgetTargets(config_.budget, config_.schedule, budget_units_);
+  targets_ = config_.structure.cell == Cell::kNeuron
+                 ? BudgetTargets(allocate_neurons(hidden_layers))
+                 : BudgetTargets(config_.budget, config_.schedule, budget_units_);
   budget_rest_ = targets_.last().rest;
   int64_t first_atom = 0;
   for (size_t i = 0; i < known_.size(); ++i) {
@@ -218,7 +232,7 @@ std::vector<Sparsifier::Proposal> Sparsifier::propose_global(int64_t step,
         scores[u] = scores_of(u, step);
         const float* const grow = scores[u].input.grow_scores;
         const bool has_candidates = state.mask.count() < state.mask.num_places();
-        if (grow != nullptr && has_candidates && is_all_zero(eligible, grow)) {
+        if (grow != nullptr && has_candidates && are_all_zero(eligible, grow)) {
           skipped = SkipReason::kNoGradient;
         }
         const int64_t num_non_finite = num_non_finite_of(state.mask, scores[u].input.drop_scores) +
@@ -226,7 +240,7 @@ std::vector<Sparsifier::Proposal> Sparsifier::propose_global(int64_t step,
         if (num_non_finite > 0) fail_diverged(u, num_non_finite, step);
       } else {
         // It may lose weights to a ramp.
-        scores[u].drop = atom_scores(state.layout, units_[u].weight());
+        scores[u].drop = drop_scores_of(u);
         scores[u].input.active = &state.mask;
         scores[u].input.ever_active = &state.ever_active;
         scores[u].input.drop_scores = scores[u].drop.const_data_ptr<float>();
@@ -278,13 +292,7 @@ void Sparsifier::check_saved_budget(size_t u, const UnitState& saved, int64_t st
                     "is outside [0, " + to_text(last_frame) + "]");
   }
   const AtomLayout layout = frame_layout(u, saved.frame);
-  std::vector<int64_t> counts(static_cast<size_t>(layout.cells.num_cells));
-  kernels::count_atoms(layout.cells, saved.mask.data(), counts.data());
-  const int64_t per_cell = saved.nnz / layout.granule();
-  const bool is_kept =
-      per_cell * layout.granule() == saved.nnz &&
-      std::all_of(counts.begin(), counts.end(), [&](int64_t count) { return count == per_cell; });
-  if (!is_kept) {
+  if (!keeps_budget(u, layout, saved)) {
     fail_sparsifier("mask of " + name, to_text(saved.mask.count()),
                     "active atoms do not keep its budget of " +
                         to_text(saved.nnz / layout.atom_size()) + " in equal cells");

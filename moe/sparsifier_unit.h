@@ -34,11 +34,21 @@ struct Sparsifier::Unit {
   int64_t num_updates = 0;
   int64_t num_skipped = 0;
   double churn_sum = 0;
+  // What updates look at; see UnitState for shapes.
+  int64_t update_step = -1;  ///< that the current step's gradients count for; -1: none
   at::Tensor link_gradient;  ///< what the link was given in this step
-  at::Tensor grad_sum;       ///< over the steps of a window, over all ranks
-  int64_t nnz = 0;           ///< of the budget, now
-  int64_t frame = 0;         ///< of the N:M ramp, which `layout` is of
-  SoftMask soft;             ///< soft methods only
+  at::Tensor link_energy;
+  at::Tensor grad_sum;  ///< over the steps of a window, over all ranks
+  at::Tensor active_sum;
+  at::Tensor energy_sum;
+  PackedMask candidates;         ///< kSampledGrad: atoms
+  PackedMask sampled;            ///< their positions
+  int64_t candidates_step = -1;  ///< update that they were drawn for
+  int64_t nnz = 0;               ///< of the budget, now
+  int64_t frame = 0;             ///< of the N:M ramp, which `layout` is of
+  SoftMask soft;                 ///< soft methods only
+  int64_t row_layer = -1;        ///< place in hidden_ of the units that its rows are; -1: no such
+  int64_t column_layer = -1;
 
   const PackedMask& positions() const { return layout.is_elementwise() ? mask : blocks; }
 };
@@ -51,13 +61,24 @@ struct Sparsifier::Known {
   int64_t in = 0;
   Holders holders = Holders::kAllRanks;
   bool counts_rows = false;
-  int64_t offset = 0;      ///< of its updates
-  int64_t total_rows = 0;  ///< over all ranks; of the token clock
-  int64_t window = -1;     ///< of its last update by the token clock
-  double time = 0;         ///< of its clock at the start of the current step
-  int64_t first_atom = 0;  ///< atoms of the units before it
-  double load = 1;         ///< kLoad: of the last sharing
-  int64_t load_rows = 0;   ///< kLoad: total_rows then
+  bool has_bias = false;
+  bool frees_columns = false;  ///< its columns are hidden units that ablation may set to 0
+  bool is_kept = false;        ///< ablation leaves its rows
+  int64_t offset = 0;          ///< of its updates
+  int64_t total_rows = 0;      ///< over all ranks; of the token clock
+  int64_t window = -1;         ///< of its last update by the token clock
+  double time = 0;             ///< of its clock at the start of the current step
+  int64_t first_atom = 0;      ///< atoms of the units before it
+  double load = 1;             ///< kLoad: of the last sharing
+  int64_t load_rows = 0;       ///< kLoad: total_rows then
+};
+
+/// A HiddenLayer of this rank.
+struct Sparsifier::Hidden {
+  std::vector<size_t> rows_of;  ///< in units_
+  size_t columns_of = 0;
+  PackedMask active;                ///< [1, F]; with coupled neurons
+  std::vector<int64_t> candidates;  ///< that stand in the weights now
 };
 
 /// What a unit is to have after an update.

@@ -28,6 +28,7 @@ void collect_matrices(const torch::nn::Module& module, const std::string& prefix
     SparseUnit unit;
     unit.name = prefix + parameter.key();
     unit.parameter = value;
+    unit.has_bias = module.named_parameters(/*recurse=*/false).contains("bias");
     units.push_back(unit);
   }
   for (const auto& child : module.named_children()) {

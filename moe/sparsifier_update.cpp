@@ -4,11 +4,13 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
 #include "comm/agree.h"
 #include "moe/optimizer_states.h"
+#include "moe/sparse_criteria.h"
 #include "moe/sparse_optimizer.h"
 #include "moe/sparsifier_unit.h"
 #include "moe/tensor_types.h"
@@ -36,6 +38,13 @@ double mean_where(const at::Tensor& values, const at::Tensor& is_counted) {
   return sum / static_cast<double>(counted.numel());
 }
 
+/// Scores of atoms whose sign does not count: of single positions the values themselves, which are
+/// read where they lie if they can be.
+at::Tensor signed_scores(const AtomLayout& layout, const at::Tensor& values) {
+  if (!layout.is_elementwise()) return atom_scores(layout, values);
+  return values.to(at::kCPU, at::kFloat).contiguous();
+}
+
 }  // namespace
 
 UpdateReport Sparsifier::update(int64_t step) {
@@ -51,8 +60,13 @@ UpdateReport Sparsifier::update(int64_t step) {
     proposals = propose_global(step, site);
   } else {
     comm::agree(groups_.world, site, [&] {
+      if (config_.structure.cell == Cell::kNeuron) {
+        proposals = propose_neurons(step);
+        return;
+      }
       for (size_t u = 0; u < units_.size(); ++u) {
-        if (current_.actions[u] == UnitAction::kUpdate) proposals.push_back(propose(u, step));
+        if (current_.actions[u] != UnitAction::kUpdate) continue;
+        proposals.push_back(propose(u, step, proposals));
       }
     });
   }
@@ -87,11 +101,11 @@ UpdateReport Sparsifier::update(int64_t step) {
     state.nnz = proposal.nnz;
     apply(proposal.unit, step, proposal.change);
     if (proposal.report.skipped != SkipReason::kNotSkipped) {
-      state.grad_sum = at::Tensor();
+      forget_sources(state);
       ++state.num_skipped;
       continue;
     }
-    state.grad_sum = at::Tensor();
+    forget_sources(state);
     state.num_rows = 0;
     ++state.num_updates;
     if (num_active > 0) {
@@ -102,34 +116,62 @@ UpdateReport Sparsifier::update(int64_t step) {
   return report;
 }
 
+at::Tensor Sparsifier::drop_scores_of(size_t u) const {
+  const Unit& state = states_[u];
+  const at::Tensor weight = units_[u].weight();
+  if (!drops_by_gradient(config_.rule.drop)) return signed_scores(state.layout, weight);
+  const at::Tensor gradient = state.active_sum.defined()
+                                  ? state.active_sum / static_cast<double>(config_.grad_accum)
+                                  : state.active_sum;
+  return drop_scores(state.layout, config_.rule, state.mask, weight, gradient);
+}
+
+/// Undefined where none are needed.
+at::Tensor Sparsifier::grow_scores_of(size_t u) const {
+  const Unit& state = states_[u];
+  switch (config_.rule.grow) {
+    case GrowCriterion::kRandom:
+    case GrowCriterion::kUnfired:
+    case GrowCriterion::kNone:
+      return {};
+    case GrowCriterion::kSampledGrad:
+      return listed_scores(state.layout, state.candidates, state.grad_sum);
+    case GrowCriterion::kGreedyProgress:
+      return progress_scores(state.layout, state.grad_sum, state.energy_sum);
+    case GrowCriterion::kGrad:
+    case GrowCriterion::kMomentum:
+      break;
+  }
+  return signed_scores(state.layout, state.grad_sum);
+}
+
 SkipReason Sparsifier::skip_reason(size_t u) const {
   const Unit& state = states_[u];
   if (known_[state.place].counts_rows && state.num_rows < config_.min_rows) {
     return SkipReason::kFewRows;
   }
-  const bool has_gradient = !needs_gradient() || state.grad_sum.defined();
+  const bool has_gradient = !grows_by_score(config_.rule.grow) || state.grad_sum.defined();
   return has_gradient ? SkipReason::kNotSkipped : SkipReason::kNoGradient;
 }
 
 /// Scores and keys of a unit that is not skipped.
 Sparsifier::Scores Sparsifier::scores_of(size_t u, int64_t step) const {
-  const SparseUnit& unit = units_[u];
+  const UnitKey& key = units_[u].key;
   const Unit& state = states_[u];
+  const Known& known = known_[state.place];
   Scores scores;
-  const at::Tensor weight = unit.weight();
-  scores.drop = config_.rule.drop == DropCriterion::kSetSigned
-                    ? weight.to(at::kCPU, at::kFloat).contiguous()
-                    : atom_scores(state.layout, weight);
-  if (needs_gradient()) scores.grow = atom_scores(state.layout, state.grad_sum);
+  scores.drop = drop_scores_of(u);
+  scores.grow = grow_scores_of(u);
   UpdateInput& input = scores.input;
   input.active = &state.mask;
   input.ever_active = &state.ever_active;
   input.drop_scores = scores.drop.const_data_ptr<float>();
   if (scores.grow.defined()) input.grow_scores = scores.grow.const_data_ptr<float>();
-  input.fraction = drop_fraction(config_.schedule, known_[state.place].time);
-  input.drop_key = draw_key(config_.seed, step, unit.key, UnitDraw::kDrop);
-  input.grow_key = draw_key(config_.seed, step, unit.key, UnitDraw::kGrow);
-  input.random_key = draw_key(config_.seed, step, unit.key, UnitDraw::kRandomGrow);
+  if (config_.rule.grow == GrowCriterion::kSampledGrad) input.candidates = &state.candidates;
+  if (!is_freeing_step(known, step)) input.fraction = drop_fraction(config_.schedule, known.time);
+  input.drop_key = draw_key(config_.seed, step, key, UnitDraw::kDrop);
+  input.grow_key = draw_key(config_.seed, step, key, UnitDraw::kGrow);
+  input.random_key = draw_key(config_.seed, step, key, UnitDraw::kRandomGrow);
   return scores;
 }
 
@@ -161,8 +203,11 @@ MaskUpdate Sparsifier::skipped_change(size_t u, const Goal& goal, int64_t step) 
   return update_mask(goal.layout, rule, input);
 }
 
-Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
+/// @param earlier  of units before it in the same step
+Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step,
+                                         const std::vector<Proposal>& earlier) {
   const Goal goal = goal_of(u, step);
+  const Unit& state = states_[u];
   Proposal result;
   result.unit = u;
   result.layout = goal.layout;
@@ -172,9 +217,22 @@ Sparsifier::Proposal Sparsifier::propose(size_t u, int64_t step) {
   result.report.skipped = skip_reason(u);
   if (result.report.skipped == SkipReason::kNotSkipped) {
     Scores scores = scores_of(u, step);
-    scores.input.target = goal.nnz / goal.layout.atom_size();
-    scores.input.num_grow = goal.num_grow;
-    result.change = update_mask(goal.layout, config_.rule, scores.input);
+    UpdateInput& input = scores.input;
+    RowsLeft rows;
+    if (has_ablation(u)) {
+      const at::Tensor drop_sizes = scores.drop.abs(), grow_sizes = scores.grow.abs();
+      rows = ablate_rows(config_.ablation, {&state.mask, drop_sizes.const_data_ptr<float>(),
+                                            grow_sizes.const_data_ptr<float>(), input.fraction,
+                                            input.drop_key, input.grow_key});
+      input.cell_targets = &rows.counts;
+    } else {
+      input.target = goal.nnz / goal.layout.atom_size();
+      input.num_grow = goal.num_grow;
+    }
+    const PackedMask barred = barred_columns(u, step, earlier);
+    if (barred.num_places() > 0) input.barred = &barred;
+    result.change = update_mask(goal.layout, config_.rule, input);
+    result.change.num_non_finite = std::max(result.change.num_non_finite, rows.num_non_finite);
     if (result.change.has_no_gradient) result.report.skipped = SkipReason::kNoGradient;
   }
   if (result.report.skipped != SkipReason::kNotSkipped) {
@@ -192,19 +250,21 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
   const Unit& state = states_[u];
   if (change.num_dropped == 0 && change.num_grown == 0) return;
   const at::Tensor weight = unit.weight();
-  const at::Device device = weight.device();
-  const at::Tensor grown = position_mask(state.layout, change.grown).to(device);
-  const at::Tensor dropped = position_mask(state.layout, change.dropped).to(device);
-  const at::Tensor untouched = position_mask(state.layout, state.mask & change.mask).to(device);
-  const at::Tensor changed = grown.logical_or(dropped);
-
-  weight.masked_fill_(changed, 0);
+  const auto flags_of = [&](const PackedMask& atoms) {
+    return position_mask(state.layout, atoms).to(weight.device());
+  };
+  at::Tensor grown;  // flags are made where they are needed: bits are enough for most
+  zero_at(position_bits(state.layout, change.grown | change.dropped), weight);
   if (config_.state.weight == GrownWeight::kNormal) {
+    grown = flags_of(change.grown);
     const at::Tensor start = normal_numbers(state.layout, weight.scalar_type() == at::kDouble,
                                             draw_key(config_.seed, step, unit.key, UnitDraw::kFill))
                                  .mul_(config_.state.weight_std)
                                  .to(weight.options());
     weight.copy_(at::where(grown, start, weight));
+  }
+  if (config_.structure.cell == Cell::kNeuron && state.row_layer >= 0) {
+    start_grown_rows(u, step, change.mask);
   }
   const GrownSecondMoment policy = config_.state.second_moment;
   at::Tensor gradient;
@@ -218,12 +278,14 @@ void Sparsifier::apply(size_t u, int64_t step, const MaskUpdate& change) {
     const CompressedStates* const compressed = compressed_states(*optimizer);
     if (compressed != nullptr && compressed->is_compressed(unit.parameter)) continue;
     const OptimizerStates states = states_of(*optimizer, unit.parameter);
-    for (const at::Tensor& momentum : states.momentum) {
-      unit.part_of(momentum).masked_fill_(changed, 0);
-    }
+    const PackedMask changed = position_bits(state.layout, change.grown | change.dropped);
+    for (const at::Tensor& momentum : states.momentum) zero_at(changed, unit.part_of(momentum));
+    if (states.second_moment.empty()) continue;
+    if (!grown.defined()) grown = flags_of(change.grown);
+    const at::Tensor untouched = flags_of(without(state.mask, change.dropped));
     for (const at::Tensor& moments : states.second_moment) {
       const at::Tensor moment = unit.part_of(moments);
-      moment.masked_fill_(changed, 0);
+      zero_at(changed, moment);
       if (policy == GrownSecondMoment::kMean) {
         moment.masked_fill_(grown, mean_where(moment, untouched));
       } else if (policy == GrownSecondMoment::kGradient) {
@@ -285,12 +347,30 @@ void Sparsifier::set_mask(size_t u, PackedMask mask) {
     state.inactive = position_mask(state.layout, state.mask).logical_not_().to(weight.device());
   }
   keep_active(u, weight);
+  if (config_.structure.cell == Cell::kNeuron && state.column_layer >= 0) {
+    hidden_[static_cast<size_t>(state.column_layer)].active = active_columns(state.mask);
+  }
+  set_link(u);
+}
+
+/// What the layer computes with: the mask, and rows of candidates.
+void Sparsifier::set_link(size_t u) {
   if (units_[u].link == nullptr) return;
+  const Unit& state = states_[u];
   UnitLink& link = *units_[u].link;
   link.inactive = state.inactive;
   link.active = state.positions();
   link.density =
       static_cast<double>(link.active.count()) / static_cast<double>(link.active.num_places());
+  if (state.row_layer < 0) return;
+  const std::vector<int64_t>& candidates = hidden_[static_cast<size_t>(state.row_layer)].candidates;
+  if (candidates.empty()) return;
+  // The density stays: it chooses the kernel, and with it the rounding of sums.
+  const PackedMask columns = active_columns(state.mask);
+  for (const int64_t row : candidates) link.active.set_rows(row, columns);
+  if (!state.inactive.defined()) return;
+  link.inactive =
+      position_mask(state.layout, link.active).logical_not_().to(state.inactive.device());
 }
 
 void Sparsifier::reset_weights(double gain) {

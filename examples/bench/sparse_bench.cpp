@@ -178,10 +178,11 @@ void bench_updates(const SparseBenchOptions& options, examples::JsonLines& json,
   out << "\nmask updates: (step with update - step before it) / 100 steps, in the same rounds\n"
       << format_text("%-26s %8s %10s %13s %13s\n", "", "density", "step ms", "update ms more",
                      "% of 100 steps");
-  for (const bool is_grad : {false, true}) {
+  for (const GrowCriterion grow :
+       {GrowCriterion::kRandom, GrowCriterion::kGrad, GrowCriterion::kSampledGrad}) {
     for (const double density : {0.5, 0.25, 0.1}) {
       SparsifierConfig config = presets::static_mask(density);
-      config.rule.grow = is_grad ? GrowCriterion::kGrad : GrowCriterion::kRandom;
+      config.rule.grow = grow;
       config.schedule.every = 2;
       config.schedule.begin = 1;
       config.schedule.end = 1'000'000'000;
@@ -199,7 +200,9 @@ void bench_updates(const SparseBenchOptions& options, examples::JsonLines& json,
         more.push_back((end - middle) - (middle - start));
       }
       const double share = 100 * median(more) / (100 * median(plain));
-      const char* const name = is_grad ? "grow by gradient (RigL)" : "grow at random (SET)";
+      const char* const name = grow == GrowCriterion::kRandom ? "grow at random (SET)"
+                               : grow == GrowCriterion::kGrad ? "grow by gradient (RigL)"
+                                                              : "grow by sampled gradient";
       out << format_text("%-26s %8.2f %10.3f %13.3f %13.2f\n", name, density, median(plain),
                          median(more), share);
       json.write({{"bench", std::string("sparse")},

@@ -52,7 +52,13 @@ const std::map<std::string, gates::PermScope> kScopes = {{"shared", gates::PermS
 const std::map<std::string, SparseMethod> kSparseMethods = {{"none", SparseMethod::kNone},
                                                             {"static", SparseMethod::kStatic},
                                                             {"set", SparseMethod::kSet},
-                                                            {"rigl", SparseMethod::kRigl}};
+                                                            {"rigl", SparseMethod::kRigl},
+                                                            {"nm_dst", SparseMethod::kNmDst},
+                                                            {"srste", SparseMethod::kSrSte},
+                                                            {"mdgf_lin", SparseMethod::kMdGfLin},
+                                                            {"mdgf_exp", SparseMethod::kMdGfExp},
+                                                            {"sdgf_step", SparseMethod::kSdGfStep},
+                                                            {"sdgf_geo", SparseMethod::kSdGfGeo}};
 
 template <typename T>
 std::vector<std::string> keys_of(const std::map<std::string, T>& table) {
@@ -103,6 +109,20 @@ void look_up_search(const Words& words, const CLI::App& app, ProgramOptions& opt
   }
 }
 
+/// "1:8"
+NmFrame parse_n_of_m(const std::string& text) {
+  NmFrame frame;
+  const size_t colon = text.find(':');
+  const bool is_read = colon != std::string::npos &&
+                       CLI::detail::lexical_cast(text.substr(0, colon), frame.n) &&
+                       CLI::detail::lexical_cast(text.substr(colon + 1), frame.m);
+  if (!is_read || frame.n < 1 || frame.n > frame.m || frame.m > kMany) {
+    throw CLI::ValidationError("--dst-nm",
+                               "value " + text + " is not N:M with 1 <= N <= M, such as 1:8");
+  }
+  return frame;
+}
+
 void look_up_sparsity(const Words& words, const CLI::App& app, ProgramOptions& options) {
   SparsityOptions& sparsity = options.train.sparsity;
   sparsity.method = kSparseMethods.at(words.dst);
@@ -111,17 +131,23 @@ void look_up_sparsity(const Words& words, const CLI::App& app, ProgramOptions& o
     throw CLI::ValidationError("--dst",
                                words.dst + " needs --experts mlp: convolutions cannot be sparse");
   }
-  if (sparsity.sparsity > 0 && !any) {
+  const bool has_groups = keeps_n_of_m(sparsity.method);
+  if (any && options.task == Task::kMulti && sparsity.method > SparseMethod::kNmDst) {
+    throw CLI::ValidationError("--dst", words.dst + " needs --task domains");
+  }
+  if (sparsity.sparsity > 0 && (!any || has_groups)) {
     throw CLI::ValidationError("--sparsity", "needs --dst static, set or rigl");
   }
-  if (sparsity.sparsity == 0 && any) {
+  if (sparsity.sparsity == 0 && any && !has_groups) {
     throw CLI::ValidationError("--dst", words.dst + " needs --sparsity above 0");
   }
+  if (!has_groups && app.count("--dst-nm") > 0) {
+    throw CLI::ValidationError("--dst-nm", "needs --dst nm_dst, srste, mdgf_* or sdgf_*");
+  }
+  sparsity.n_of_m = parse_n_of_m(words.dst_nm);
   for (const char* flag : {"--dst-every", "--dst-alpha"}) {
-    const bool moves =
-        sparsity.method == SparseMethod::kSet || sparsity.method == SparseMethod::kRigl;
-    if (!moves && app.count(flag) > 0) {
-      throw CLI::ValidationError(flag, "needs --dst set or rigl");
+    if (!moves_masks(sparsity.method) && app.count(flag) > 0) {
+      throw CLI::ValidationError(flag, "needs --dst set, rigl or nm_dst");
     }
   }
 }
@@ -159,6 +185,14 @@ void add_model_flags(CLI::App& app, ProgramOptions& options, Words& words) {
   app.add_option("--num-experts", train.num_experts, "experts, over all ranks")
       ->check(in_range<int64_t>(1, 4096))
       ->capture_default_str()
+      ->group("Model");
+  app.add_option("--d-ff", train.d_ff,
+                 "hidden units of an expert of task domains, with ReLU; 0: linear experts")
+      ->check(in_range<int64_t>(0, 65536))
+      ->capture_default_str()
+      ->group("Model");
+  app.add_flag("--pad-images", train.pad_images,
+               "a frame of 2 black pixels, of task domains: 32 x 32, which groups of 32 need")
       ->group("Model");
   app.add_option("--moe-router-topk,--top-k", train.top_k,
                  "experts per image of the topk gate, selectors of dselectk, trees of comet")
@@ -275,18 +309,26 @@ void add_sparsity_flags(CLI::App& app, ProgramOptions& options, Words& words) {
          "--dst", words.dst,
          "which weights are 0. static: a random choice that stays; set: the smallest of both signs "
          "make room for random ones; rigl: for those with the largest gradients. Grown weights "
-         "start with 0")
-      ->check(one_of({"none", "static", "set", "rigl"}))
+         "start with 0. The others keep N of M neighbours: nm_dst as rigl does; srste, mdgf_* and "
+         "sdgf_* train all weights and compute with the largest")
+      ->check(one_of({"none", "static", "set", "rigl", "nm_dst", "srste", "mdgf_lin", "mdgf_exp",
+                      "sdgf_step", "sdgf_geo"}))
       ->capture_default_str()
       ->group("Sparsity");
-  app.add_option("--dst-every", sparsity.every,
-                 "steps between two updates of set and rigl, up to three quarters of the run")
+  app.add_option("--dst-nm", words.dst_nm,
+                 "N:M of nm_dst, srste, mdgf_* and sdgf_*; M divides the inputs of a weight")
+      ->capture_default_str()
+      ->group("Sparsity");
+  app.add_option(
+         "--dst-every", sparsity.every,
+         "steps between two updates of set, rigl and nm_dst, up to three quarters of the run")
       ->check(in_range<int64_t>(1, kMany))
       ->capture_default_str()
       ->group("Sparsity");
-  app.add_option("--dst-alpha", sparsity.alpha,
-                 "share of the active weights that an update moves; of rigl at the start, it falls "
-                 "as a cosine")
+  app.add_option(
+         "--dst-alpha", sparsity.alpha,
+         "share of the active weights that an update moves; of rigl and nm_dst at the start, "
+         "it falls as a cosine")
       ->check(in_range<double>(0, 1))
       ->capture_default_str()
       ->group("Sparsity");
@@ -408,7 +450,9 @@ void look_up(const Words& words, const CLI::App& app, ProgramOptions& options) {
     if (app.count(flag) > 0) throw CLI::ValidationError(flag, std::string("needs --task ") + task);
   };
   if (multi) {
-    refuse("--validation-images", "domains");
+    for (const char* flag : {"--validation-images", "--d-ff", "--pad-images"}) {
+      refuse(flag, "domains");
+    }
   } else {
     refuse("--protocol", "multi");
     refuse("--experts", "multi");

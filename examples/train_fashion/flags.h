@@ -19,6 +19,7 @@ struct Words {
   std::string perm_search = "none";
   std::string perm_scope = "shared";
   std::string dst = "none";
+  std::string dst_nm = "1:8";
 };
 
 void add_task_flags(CLI::App& app, Words& words);

@@ -1,6 +1,7 @@
 #include "examples/train_fashion/model.h"
 
 #include <ATen/ops/arange.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <torch/nn/module.h>
 
 #include <algorithm>
@@ -49,6 +50,23 @@ GateOptions switch_options(const TrainOptions& options, int64_t d_model, int64_t
       .hard_eval(options.hard_eval)
       .seed(options.seed)
       .gate_id(gate_id);
+}
+
+std::shared_ptr<Experts> make_experts(const TrainOptions& options, const ExpertPlacement& placement,
+                                      int ep_rank) {
+  const int64_t pixels = options.image_pixels();
+  if (options.d_ff == 0) {
+    return std::make_shared<GroupedLinear>(
+        GroupedLinearOptions(pixels, kNumClasses).init_bound(.03).seed(options.seed), placement,
+        ep_rank);
+  }
+  return std::make_shared<GroupedMLP>(GroupedMLPOptions(pixels, options.d_ff)
+                                          .d_out(kNumClasses)
+                                          .activation(kernels::Activation::kRelu)
+                                          .gated(false)
+                                          .bias(true)
+                                          .seed(options.seed),
+                                      placement, ep_rank);
 }
 
 }  // namespace
@@ -114,10 +132,9 @@ std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOption
   const ParallelGroups groups = make_parallel_groups(world, options.ep_size);
   const auto placement =
       ExpertPlacement::contiguous(options.num_experts, groups.expert_parallel.size());
-  auto gate = make_gate(options, kImagePixels);
-  auto experts = std::make_shared<GroupedLinear>(
-      GroupedLinearOptions(kImagePixels, kNumClasses).init_bound(.03).seed(options.seed), placement,
-      groups.expert_parallel.rank());
+  auto gate = make_gate(options, options.image_pixels());
+  std::shared_ptr<Experts> experts =
+      make_experts(options, placement, groups.expert_parallel.rank());
 
   const at::ScalarType dtype = tensor_type(options.dtype);
   convert_parameters(*experts, dtype);
@@ -138,7 +155,13 @@ std::shared_ptr<MoELayer> make_model(const comm::Group& world, const TrainOption
 MoEInput model_input(const at::Tensor& pixels, const at::Tensor& keys,
                      const TrainOptions& options) {
   const at::Device device = tensor_device(options);
-  MoEInput input(pixels.to(device).to(tensor_type(options.dtype)).div_(255));
+  at::Tensor tokens = pixels.to(device).to(tensor_type(options.dtype)).div_(255);
+  if (options.pad_images) {
+    tokens = at::constant_pad_nd(tokens.view({-1, kImageSide, kImageSide}),
+                                 {kImageFrame, kImageFrame, kImageFrame, kImageFrame})
+                 .flatten(1);
+  }
+  MoEInput input(std::move(tokens));
   if (options.gate == GateKind::kHash || options.gate == GateKind::kOracle) {
     input.keys = keys.to(device).remainder(options.num_experts);
   }

@@ -109,6 +109,10 @@ uint32_t config_hash(const ProgramOptions& options) {
   add(static_cast<uint64_t>(train.sparsity.method));
   add(static_cast<uint64_t>(train.sparsity.every));
   add_real(train.sparsity.alpha);
+  add(static_cast<uint64_t>(train.sparsity.n_of_m.n));
+  add(static_cast<uint64_t>(train.sparsity.n_of_m.m));
+  add(static_cast<uint64_t>(train.d_ff));
+  add(train.pad_images ? 1 : 0);
   add(train.hard_eval ? 1 : 0);
   add(train.input_norm ? 1 : 0);
   add(static_cast<uint64_t>(options.task));

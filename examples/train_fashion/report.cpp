@@ -94,7 +94,11 @@ std::string mean_text(const std::vector<double>& values, const char* format) {
 }
 
 TaskFacts facts_of(const DomainData& data, const ProgramOptions& options) {
-  return {"domains  (4 transforms, linear experts 784 -> 10)",
+  const auto pixels = static_cast<long long>(options.train.image_pixels());
+  const auto d_ff = static_cast<long long>(options.train.d_ff);
+  const std::string experts = d_ff > 0 ? format_text("experts %lld -> %lld -> 10", pixels, d_ff)
+                                       : format_text("linear experts %lld -> 10", pixels);
+  return {"domains  (4 transforms, " + experts + ")",
           count_text(data.train.size()) + " training, " + count_text(data.test.size()) +
               (options.validation_images > 0 ? " held out of them as test" : " test"),
           data.train.size(), [](const TrainOptions& train) { return count_parameters(train); }};
@@ -255,6 +259,9 @@ JsonObject result_json(const FinishedRun& run, const TrainOptions& options, int 
                     {"ranks", int64_t{num_ranks}},
                     {"num_experts", options.num_experts},
                     {"top_k", options.top_k},
+                    {"d_ff", options.d_ff},
+                    {"parameters", count_parameters(options).total},
+                    {"active_parameters", count_parameters(options).active},
                     {"aux_loss_coeff", options.aux_loss_coeff},
                     {"balance_coeff", options.balance_coeff},
                     {"gamma", options.gamma},

@@ -14,18 +14,17 @@ made, exactly, then mean and standard error over seeds. A trial that diverges co
 ln 10. The picture needs matplotlib (Debian: python3-matplotlib).
 """
 import argparse
-import concurrent.futures
-import json
 import math
-import os
 import pathlib
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import study  # noqa: E402  # of the folder above
+from study import mean_and_error, positive  # noqa: E402
+
 SEARCHES = ("none", "sinkhorn", "swap")
 GATES = {"domains": ("hash", "topk", "dselectk", "comet"), "multi": ("topk", "dselectk", "comet")}
 SWITCHES = ("dselectk", "comet")  # gates with gamma and lambda
@@ -35,16 +34,6 @@ RANGES = {"domains": {"lr": (1e-3, 3e-2), "gamma": (.1, 10), "entropy-coeff": (.
 GUESSING = math.log(10)
 DIVERGED = 79  # exit status of the program
 SHOWN = (1, 2, 4, 8, 16, 32)
-
-
-def fail(text):
-    sys.exit(f"search_study: {text}")
-
-
-def find_program():
-    """train_fashion of the newest build."""
-    builds = HERE.parents[1].glob("build/*/examples/train_fashion")
-    return str(max(builds, key=lambda path: path.stat().st_mtime, default="train_fashion"))
 
 
 def settings_of(task, gate, seed, trial):
@@ -73,29 +62,6 @@ def key_of(result):
     return result["gate"], result["search"], result["seed"], result["trial"]
 
 
-def load(path, fields):
-    """Results by key. Cuts off a line that an interruption left incomplete."""
-    results = {}
-    if not path.exists():
-        return results
-    text = path.read_bytes()
-    if text and not text.endswith(b"\n"):
-        text = text[:text.rfind(b"\n") + 1]
-        path.write_bytes(text)
-    for number, line in enumerate(text.decode().splitlines(), 1):
-        try:
-            result = json.loads(line)
-            key = key_of(result)
-        except (ValueError, KeyError, TypeError) as error:
-            fail(f"{path}:{number} is no result of this program ({error})")
-        for name, value in fields.items():
-            if result.get(name) != value:
-                fail(f"{path}:{number} has {name}={result.get(name)}, not {value}; "
-                     "choose another file with --results")
-        results[key] = result
-    return results
-
-
 def score_of(task, run):
     """Validation cross-entropy of a run; of task multi the mean of both in the best epoch."""
     if task == "domains":
@@ -105,9 +71,9 @@ def score_of(task, run):
     return min((a + b) / 2 for a, b in both)
 
 
-def command_of(arguments, gate, search, seed, settings, json_path):
+def command_of(arguments, gate, search, seed, settings):
     command = [arguments.program, "--task", arguments.task, "--gate", gate, "--seed", str(seed),
-               "--threads", "1", "--plain", "--log-interval", "1000000", "--json", json_path]
+               "--threads", "1", "--plain", "--log-interval", "1000000"]
     if arguments.device:
         command += ["--device", arguments.device]
     if arguments.data:
@@ -132,16 +98,7 @@ def command_of(arguments, gate, search, seed, settings, json_path):
 def run_trial(arguments, key):
     gate, search, seed, trial = key
     settings = settings_of(arguments.task, gate, seed, trial)
-    with tempfile.TemporaryDirectory() as folder:
-        json_path = os.path.join(folder, "run.jsonl")
-        command = command_of(arguments, gate, search, seed, settings, json_path)
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
-        if done.returncode not in (0, DIVERGED):
-            raise RuntimeError(f"exit status {done.returncode}: {' '.join(command)}\n{done.stdout}")
-        run = {}
-        if done.returncode == 0:
-            run = json.loads(pathlib.Path(json_path).read_text(encoding="utf-8"))
+    _, run = study.run_program(command_of(arguments, gate, search, seed, settings), (0, DIVERGED))
     result = {**protocol(arguments), "gate": gate, "search": search, "seed": seed, "trial": trial,
               **settings, "score": score_of(arguments.task, run) if run else None}
     for name in ("seconds", "seconds_per_epoch", "perm_searches", "perm_evaluations", "perm_moves",
@@ -151,45 +108,15 @@ def run_trial(arguments, key):
     return result
 
 
-def run_missing(arguments, path, results):
+def run_all(arguments, path):
     keys = [(gate, search, seed, trial)
             for trial in range(arguments.trials) for seed in range(arguments.seeds)
             for gate in arguments.gates for search in SEARCHES]
-    missing = [key for key in keys if key not in results]
-    print(f"{len(keys)} trials, {len(keys) - len(missing)} of them in {path}", flush=True)
-    with open(path, "a", encoding="utf-8") as file, \
-            concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        jobs = [pool.submit(run_trial, arguments, key) for key in missing]
-        try:
-            for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-                result = job.result()
-                file.write(json.dumps(result) + "\n")
-                file.flush()
-                results[key_of(result)] = result
-                score = result["score"]
-                text = "diverged" if score is None else f"{score:.4f}"
-                print(f"{number}/{len(missing)} {' '.join(map(str, key_of(result)))}: {text}",
-                      flush=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            pool.shutdown(cancel_futures=True)
-            fail(error)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            fail(f"stopped; the same command goes on from {path}")
-    return {key: results[key] for key in keys}
 
-
-def expected_best(scores, n):
-    """Mean of the smallest over all choices of n of the scores."""
-    count = len(scores)
-    # The i-th smallest is the least of a choice if all others come from those behind it.
-    return sum(score * math.comb(count - 1 - i, n - 1)
-               for i, score in enumerate(sorted(scores))) / math.comb(count, n)
-
-
-def mean_and_error(values):
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0
-    return statistics.fmean(values), error
+    def describe(result):
+        return "diverged" if result["score"] is None else f"{result['score']:.4f}"
+    return study.run_missing(keys, path, study.load(path, protocol(arguments), key_of),
+                             lambda key: run_trial(arguments, key), arguments.jobs, describe)
 
 
 def curves_of(arguments, results, gate, search):
@@ -199,7 +126,7 @@ def curves_of(arguments, results, gate, search):
         scores = [results[gate, search, seed, trial]["score"]
                   for trial in range(arguments.trials)]
         scores = [GUESSING if s is None else min(s, GUESSING) for s in scores]
-        curves.append([expected_best(scores, n) for n in range(1, arguments.trials + 1)])
+        curves.append([study.expected_best(scores, [-s for s in scores], n) for n in range(1, arguments.trials + 1)])
     return curves
 
 
@@ -246,18 +173,15 @@ def print_table(arguments, results):
             rows.append([gate, search] + cells + [f"{moved}/{len(runs)}"])
             if search != "none":
                 sentences.append(saving(gate, search, curves[search], curves["none"]))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     print(f"\nbest validation cross-entropy among n trials, {arguments.seeds} seed(s); "
           "moved: runs whose order is another one at the end")
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    study.print_table(rows)
     print()
     for sentence in sentences:
         print("* " + sentence)
 
 
 def draw(arguments, results, path):
-    sys.path.insert(0, str(HERE.parent))
     try:
         import plot_run  # chooses the backend
         plt = plot_run.plt
@@ -308,13 +232,6 @@ def draw(arguments, results, path):
     print(f"\n{path}")
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
 def parse():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -332,7 +249,7 @@ def parse():
                         help="of task domains, the last training images (default: %(default)s)")
     parser.add_argument("--results", help="file of JSON lines (default: search_TASK.jsonl)")
     parser.add_argument("-o", "--output", help="picture (default: search_TASK.png)")
-    parser.add_argument("--program", default=find_program(), help="(default: %(default)s)")
+    parser.add_argument("--program", default=study.find_program("train_fashion"), help="(default: %(default)s)")
     parser.add_argument("--device", help="as of train_fashion")
     parser.add_argument("--data", help="as of train_fashion")
     parser.add_argument("--quick", action="store_true",
@@ -352,11 +269,11 @@ def main():
     arguments = parse()
     path = pathlib.Path(arguments.results or f"search_{arguments.task}.jsonl")
     try:
-        results = run_missing(arguments, path, load(path, protocol(arguments)))
+        results = run_all(arguments, path)
         print_table(arguments, results)
         draw(arguments, results, arguments.output or f"search_{arguments.task}.png")
     except OSError as error:
-        fail(error)
+        study.fail(error)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,63 @@
 
 namespace perseid::examples {
 
+bool keeps_n_of_m(SparseMethod method) { return method >= SparseMethod::kNmDst; }
+bool moves_masks(SparseMethod method) {
+  return method == SparseMethod::kSet || method == SparseMethod::kRigl ||
+         method == SparseMethod::kNmDst;
+}
+
+namespace {
+
+/// Decays that reach 0 at the half, or 1 % at the end; the last tenth of the steps is N:M.
+SparsifierConfig mask_decay(const SparsityOptions& sparsity, int64_t num_steps) {
+  const auto [n, m] = sparsity.n_of_m;
+  const double steps = static_cast<double>(num_steps);
+  SparsifierConfig config = sparsity.method == SparseMethod::kMdGfLin
+                                ? presets::mdgf_lin(n, m, 2 / steps)
+                                : presets::mdgf_exp(n, m, 4.6 / steps);
+  config.forward.total_steps = num_steps;
+  config.forward.fine_tune = 0.1;
+  return config;
+}
+
+/// Exact: 1 - 0.9 in floating point is not 0.1.
+Density density_of(const SparsityOptions& sparsity) {
+  const Density zeros(sparsity.sparsity);
+  return Density::ratio(zeros.denominator() - zeros.numerator(), zeros.denominator());
+}
+
+SparsifierConfig preset_of(const SparsityOptions& sparsity, int64_t num_steps) {
+  const auto [n, m] = sparsity.n_of_m;
+  switch (sparsity.method) {
+    case SparseMethod::kNmDst:
+      return presets::nm_dst(n, m, num_steps, sparsity.every);
+    case SparseMethod::kSrSte:
+      return presets::srste(n, m);
+    case SparseMethod::kMdGfLin:
+    case SparseMethod::kMdGfExp:
+      return mask_decay(sparsity, num_steps);
+    case SparseMethod::kSdGfStep:
+      return presets::sdgf_step(n, m, num_steps);
+    case SparseMethod::kSdGfGeo:
+      return presets::sdgf_geo(n, m, num_steps);
+    case SparseMethod::kNone:
+    case SparseMethod::kStatic:
+      return presets::static_mask(density_of(sparsity));
+    case SparseMethod::kSet:
+    case SparseMethod::kRigl:
+      break;
+  }
+  return presets::rigl(density_of(sparsity), num_steps, sparsity.every);
+}
+
+}  // namespace
+
 SparsifierConfig sparsifier_config(const TrainOptions& options, int64_t num_steps) {
   const SparsityOptions& sparsity = options.sparsity;
-  // Exact: 1 - 0.9 in floating point is not 0.1.
-  const Density zeros(sparsity.sparsity);
-  const Density density =
-      Density::ratio(zeros.denominator() - zeros.numerator(), zeros.denominator());
-  SparsifierConfig config = sparsity.method == SparseMethod::kStatic
-                                ? presets::static_mask(density)
-                                : presets::rigl(density, num_steps, sparsity.every);
+  SparsifierConfig config = preset_of(sparsity, num_steps);
   config.seed = options.seed;
-  if (sparsity.method == SparseMethod::kStatic) return config;
+  if (!moves_masks(sparsity.method)) return config;
   // The first update comes after as many steps as the others, so that its rows have come.
   config.schedule.begin = sparsity.every;
   config.schedule.alpha = sparsity.alpha;

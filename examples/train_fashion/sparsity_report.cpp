@@ -15,16 +15,37 @@ const char* sparse_method_name(SparseMethod method) {
       return "set";
     case SparseMethod::kRigl:
       return "rigl";
+    case SparseMethod::kNmDst:
+      return "nm_dst";
+    case SparseMethod::kSrSte:
+      return "srste";
+    case SparseMethod::kMdGfLin:
+      return "mdgf_lin";
+    case SparseMethod::kMdGfExp:
+      return "mdgf_exp";
+    case SparseMethod::kSdGfStep:
+      return "sdgf_step";
+    case SparseMethod::kSdGfGeo:
+      return "sdgf_geo";
   }
   return "?";
+}
+
+std::string n_of_m_text(const SparsityOptions& sparsity) {
+  if (!keeps_n_of_m(sparsity.method)) return "";
+  return format_text("%lld:%lld", static_cast<long long>(sparsity.n_of_m.n),
+                     static_cast<long long>(sparsity.n_of_m.m));
 }
 
 std::string sparsity_text(const TrainOptions& options) {
   const SparsityOptions& sparsity = options.sparsity;
   if (sparsity.method == SparseMethod::kNone) return "";
-  const std::string text = format_text("%s, %g of the weights are 0",
-                                       sparse_method_name(sparsity.method), sparsity.sparsity);
-  if (sparsity.method == SparseMethod::kStatic) return text;
+  const char* const name = sparse_method_name(sparsity.method);
+  const std::string text =
+      keeps_n_of_m(sparsity.method)
+          ? format_text("%s, %s weights", name, n_of_m_text(sparsity).c_str())
+          : format_text("%s, %g of the weights are 0", name, sparsity.sparsity);
+  if (!moves_masks(sparsity.method)) return text;
   return text + format_text("; %g of the others move every %lld steps", sparsity.alpha,
                             static_cast<long long>(sparsity.every));
 }
@@ -62,6 +83,7 @@ void add_sparsity(JsonObject& object, const TrainOptions& options, const Sparsit
   const SparsityOptions& asked = options.sparsity;
   for (const JsonField& field : JsonObject{{"dst", std::string(sparse_method_name(asked.method))},
                                            {"sparsity", asked.sparsity},
+                                           {"dst_nm", n_of_m_text(asked)},
                                            {"dst_every", asked.every},
                                            {"dst_alpha", asked.alpha},
                                            {"density", sparsity.density()},

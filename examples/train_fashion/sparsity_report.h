@@ -10,6 +10,7 @@
 namespace perseid::examples {
 
 const char* sparse_method_name(SparseMethod method);
+std::string n_of_m_text(const SparsityOptions& sparsity);  ///< "1:8"; empty for other methods
 
 /// For the table at the start of a run.
 std::string sparsity_text(const TrainOptions& options);

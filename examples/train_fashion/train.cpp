@@ -47,11 +47,10 @@ BatchResult run_batch(MoELayer& layer, const ImageTensors& images, std::span<con
 }
 
 void train(MoELayer& layer, const ImageTensors& images, const TrainOptions& options,
-           const OnReport& on_report, OrderSearch& search, RunResult& result) {
+           const OnReport& on_report, OrderSearch& search, GateAdam& optimizer,
+           SparseExperts& sparse, RunResult& result) {
   const comm::Group& world = layer.groups().world;
-  GateAdam optimizer(layer, layer.gates(), options);
   const int64_t num_images = images.labels.size(0);
-  SparseExperts sparse(layer, optimizer, options, num_steps(options, num_images));
   const int64_t steps_per_epoch = num_images / options.global_batch_size;
   const Shard shard = shard_of(options.global_batch_size, world, options.idle_ranks);
   result.num_steps = num_steps(options, num_images);
@@ -133,7 +132,9 @@ const char* gate_name(GateKind gate) {
 }
 
 ParameterCount count_parameters(const TrainOptions& options) {
-  const int64_t expert = kImagePixels * kNumClasses + kNumClasses;
+  const int64_t pixels = options.image_pixels(), d_ff = options.d_ff;
+  const int64_t expert =
+      d_ff > 0 ? (pixels + 1) * d_ff + (d_ff + 1) * kNumClasses : (pixels + 1) * kNumClasses;
   const int64_t E = options.num_experts;
   int64_t linear_outputs = 0;  // of the gate
   int64_t selected = 1;
@@ -159,8 +160,13 @@ ParameterCount count_parameters(const TrainOptions& options) {
       linear_outputs = E;
       selected = E;
   }
-  const int64_t router = linear_outputs * (kImagePixels + 1);
+  const int64_t router = linear_outputs * (pixels + 1);
   return {router + E * expert, router + selected * expert};
+}
+
+int64_t TrainOptions::image_pixels() const {
+  const int64_t side = kImageSide + (pad_images ? 2 * kImageFrame : 0);
+  return side * side;
 }
 
 int64_t num_steps(const TrainOptions& options, int64_t num_images) {
@@ -180,7 +186,10 @@ RunResult train_domains(const comm::Group& world, const DomainData& data,
                      [&](std::span<const int64_t> held) {
                        return run_batch(*layer, images, held, options, 0, 0).cross_entropy;
                      });
-  train(*layer, images, options, on_report, search, result);
+  GateAdam optimizer(*layer, layer->gates(), options);
+  // Lives until the test: the experts compute with the weights that it leaves them.
+  SparseExperts sparse(*layer, optimizer, options, num_steps(options, data.train.size()));
+  train(*layer, images, options, on_report, search, optimizer, sparse, result);
   const std::chrono::duration<double> time = std::chrono::steady_clock::now() - start;
   result.seconds = time.count();
   result.seconds_per_epoch = result.seconds / static_cast<double>(result.num_steps) *

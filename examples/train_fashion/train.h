@@ -9,6 +9,7 @@
 #include "gates/expert_permutation.h"
 #include "kernels/dtype.h"
 #include "kernels/stream.h"
+#include "moe/soft_mask.h"
 
 namespace perseid::examples {
 
@@ -24,20 +25,39 @@ struct SearchOptions {
   int64_t scramble = 0;          ///< trials of a repair after the training
 };
 
-enum class SparseMethod : uint8_t { kNone, kStatic, kSet, kRigl };
+/// Presets of moe/sparse_presets.h; those from kNmDst on keep N of M neighbours.
+enum class SparseMethod : uint8_t {
+  kNone,
+  kStatic,
+  kSet,
+  kRigl,
+  kNmDst,
+  kSrSte,
+  kMdGfLin,
+  kMdGfExp,
+  kSdGfStep,
+  kSdGfGeo,
+};
+bool keeps_n_of_m(SparseMethod method);
+bool moves_masks(SparseMethod method);  ///< by updates
 
 /// Weights of experts that are kept at 0, and which.
 struct SparsityOptions {
-  double sparsity = 0;  ///< share of 0, in [0, 1)
+  double sparsity = 0;  ///< share of 0, in [0, 1); not of methods that keep N of M
   SparseMethod method = SparseMethod::kNone;
   int64_t every = 100;  ///< steps between two updates of the masks
   double alpha = 0.3;   ///< share of the other weights that an update moves
+  NmFrame n_of_m = {1, 8};
 };
+
+inline constexpr int64_t kImageFrame = 2;  ///< pixels on each side, of pad_images
 
 /// Settings of one run; defaults are the recipe of README.md.
 struct TrainOptions {
   GateKind gate = GateKind::kTopK;
   int64_t num_experts = 8;
+  int64_t d_ff = 0;         ///< hidden units of an expert; 0: linear experts
+  bool pad_images = false;  ///< a frame of 2 black pixels: 1024 of them, which groups of 32 need
   int64_t top_k = 2;
   double aux_loss_coeff = 0;
   double z_loss_coeff = 0;
@@ -63,6 +83,8 @@ struct TrainOptions {
   int64_t log_interval = 100;  ///< steps between two reports
   SearchOptions search;
   SparsityOptions sparsity;
+
+  int64_t image_pixels() const;  ///< that gate and experts read
 };
 
 /// Parameters of the whole model and those that one image meets; of

@@ -1,6 +1,7 @@
 // Sparse experts of train_fashion.
 //   Flags       values, defaults, and what is refused with a flag and a reason
 //   Config      exact densities, schedules of each method
+//   Groups      methods that keep N of M, experts with a hidden layer, padded images
 //   AnyRanks    a few steps with each method in one process, on 2 and 4 threads as ranks, with
 //               replicas: masks are equal, losses to 1e-12; the density is exact
 //   Multi       the same for two tasks on shared modules
@@ -50,10 +51,18 @@ TEST(Sparsity, Flags) {
            {{"--sparsity", "-0.1"}, {"--sparsity", "value -0.1", "0 to 0.9999"}},
            {{"--sparsity", "0.5"}, {"--sparsity", "needs --dst static, set or rigl"}},
            {{"--dst", "set"}, {"--dst", "set needs --sparsity above 0"}},
-           {{"--dst", "srigl"}, {"--dst", "srigl", "{none,static,set,rigl}"}},
-           {{"--dst-every", "5"}, {"--dst-every", "needs --dst set or rigl"}},
+           {{"--dst", "srigl"}, {"--dst", "srigl", "{none,static,set,rigl,nm_dst,"}},
+           {{"--dst-every", "5"}, {"--dst-every", "needs --dst set, rigl or nm_dst"}},
+           {{"--dst-nm", "1:4"}, {"--dst-nm", "needs --dst nm_dst"}},
+           {{"--dst", "srste", "--dst-nm", "4:1"}, {"--dst-nm", "value 4:1", "1 <= N <= M"}},
+           {{"--dst", "srste", "--dst-nm", "1/8"}, {"--dst-nm", "value 1/8", "such as 1:8"}},
+           {{"--dst", "srste", "--dst-nm", "1:8x"}, {"--dst-nm", "value 1:8x"}},
+           {{"--dst", "srste", "--sparsity", ".5"}, {"--sparsity", "needs --dst static"}},
+           {{"--dst", "srste", "--dst-alpha", ".5"}, {"--dst-alpha", "needs --dst set"}},
+           {{"--task", "multi", "--dst", "srste"}, {"--dst", "srste needs --task domains"}},
+           {{"--task", "multi", "--d-ff", "8"}, {"--d-ff", "needs --task domains"}},
            {{"--dst", "static", "--sparsity", ".5", "--dst-alpha", ".1"},
-            {"--dst-alpha", "needs --dst set or rigl"}},
+            {"--dst-alpha", "needs --dst set, rigl or nm_dst"}},
            {{"--dst", "set", "--sparsity", ".5", "--dst-alpha", "2"},
             {"--dst-alpha", "value 2", "0 to 1"}},
            {{"--dst", "set", "--sparsity", ".5", "--dst-every", "0"},
@@ -74,10 +83,27 @@ TEST(Sparsity, Flags) {
         {"--dst", "rigl", "--sparsity", ".5"},
         {"--dst", "rigl", "--sparsity", ".6"},
         {"--dst", "rigl", "--sparsity", ".6", "--dst-every", "9"},
-        {"--dst", "rigl", "--sparsity", ".6", "--dst-alpha", ".2"}}) {
-    ++hashes[config_hash(line_of(flags).options)];
+        {"--dst", "rigl", "--sparsity", ".6", "--dst-alpha", ".2"},
+        {"--dst", "srste"},
+        {"--dst", "srste", "--dst-nm", "2:8"},
+        {"--dst", "srste", "--d-ff", "8"},
+        {"--dst", "srste", "--pad-images"}}) {
+    const CommandLine each = line_of(flags);
+    EXPECT_TRUE(each.run) << each.text;
+    ++hashes[config_hash(each.options)];
   }
-  EXPECT_EQ(hashes.size(), 5u);
+  EXPECT_EQ(hashes.size(), 9u);
+}
+
+SparsityOptions sparsity_of(SparseMethod method) { return {.8, method, 3, .3}; }
+
+/// Of each mask the places that are active.
+std::map<std::string, std::vector<double>> masks_of(const std::vector<WeightDump>& dumps) {
+  std::map<std::string, std::vector<double>> masks;
+  for (const WeightDump& dump : dumps) {
+    if (dump.name.rfind("mask of ", 0) == 0) masks[dump.name] = dump.values;
+  }
+  return masks;
 }
 
 TEST(Sparsity, Config) {
@@ -97,17 +123,50 @@ TEST(Sparsity, Config) {
   EXPECT_EQ(config.order, UpdateOrder::kAfterStep);
   options.sparsity.method = SparseMethod::kStatic;
   EXPECT_EQ(sparsifier_config(options, 400).schedule.end_step(), 0);
+  options.sparsity.n_of_m = {2, 16};
+  options.sparsity.method = SparseMethod::kNmDst;
+  config = sparsifier_config(options, 400);
+  EXPECT_EQ(config.structure.group_keep, 2);
+  EXPECT_EQ(config.structure.group, 16);
+  EXPECT_EQ(config.schedule.begin, 20);
+  options.sparsity.method = SparseMethod::kMdGfLin;
+  config = sparsifier_config(options, 400);
+  EXPECT_EQ(inactive_factor(config.forward, 100), .5);
+  EXPECT_EQ(inactive_factor(config.forward, 200), 0);
+  options.sparsity.method = SparseMethod::kMdGfExp;
+  config = sparsifier_config(options, 400);
+  EXPECT_NEAR(inactive_factor(config.forward, 200), .1, 1e-3);
+  EXPECT_EQ(inactive_factor(config.forward, 360), 0);
 }
 
-SparsityOptions sparsity_of(SparseMethod method) { return {.8, method, 3, .3}; }
-
-/// Of each mask the places that are active.
-std::map<std::string, std::vector<double>> masks_of(const std::vector<WeightDump>& dumps) {
-  std::map<std::string, std::vector<double>> masks;
-  for (const WeightDump& dump : dumps) {
-    if (dump.name.rfind("mask of ", 0) == 0) masks[dump.name] = dump.values;
+// Experts with a hidden layer: a step of every method, and what is left in the test is N:M.
+TEST(Sparsity, Groups) {
+  for (const SparseMethod method :
+       {SparseMethod::kNmDst, SparseMethod::kSrSte, SparseMethod::kMdGfLin, SparseMethod::kMdGfExp,
+        SparseMethod::kSdGfStep, SparseMethod::kSdGfGeo}) {
+    SCOPED_TRACE(sparse_method_name(method));
+    TrainOptions options;
+    options.d_ff = 64;
+    options.pad_images = true;
+    options.global_batch_size = 58;
+    options.train_iters = 24;
+    options.sparsity.method = method;
+    options.sparsity.every = 3;
+    const RunResult result = train_domains(comm::self_group(), fixture_data(), options);
+    EXPECT_EQ(result.sparsity.size, 8 * (1024 * 64 + 64 * 10));
+    EXPECT_EQ(result.sparsity.nnz * 8, result.sparsity.size);
+    EXPECT_LT(result.losses.back(), result.losses.front());
+    if (method != SparseMethod::kNmDst) {
+      EXPECT_GT(result.sparsity.itop_rate, .13);
+    }
+    for (const auto& [name, mask] : masks_of(result.weights)) {
+      for (size_t group = 0; group < mask.size(); group += 8) {
+        double kept = 0;
+        for (size_t i = group; i < group + 8; ++i) kept += mask[i];
+        ASSERT_EQ(kept, 1) << name;
+      }
+    }
   }
-  return masks;
 }
 
 /// Of rank 0, where losses and masks are those of all.

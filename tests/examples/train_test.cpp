@@ -1,8 +1,8 @@
 // train_domains on the fixture.
-//   SameAtAnyRankCount   50 steps in one process, on 2 and 4 threads as ranks, with an idle rank
-//   and at
-//                        every ep_size: losses and all weights agree, float64 to 1e-12 of the
-//                        largest value, float32 to 1e-5; each gate; uneven shards
+//   SameAtAnyRankCount   in one process and on 2 and 4 threads as ranks, at every ep_size, with and
+//                        without an idle rank: losses and all weights agree, float64 to 1e-12 of
+//                        the largest value, float32 to 1e-5; each gate; uneven shards; 50 steps of
+//                        top-k and COMET, 20 of the others
 //   Repeats              the same bits twice
 //   LossFalls            every gate learns
 //   LearningRate         both rates against a first step by hand; the line down to 0
@@ -66,7 +66,7 @@ double relative_difference(const std::vector<double>& a, const std::vector<doubl
 
 void expect_equal_runs(const RunResult& a, const RunResult& b, double tolerance,
                        Compare compare = Compare::kMax) {
-  EXPECT_EQ(a.losses.size(), size_t{50});
+  EXPECT_GE(a.losses.size(), size_t{20});
   EXPECT_LE(relative_difference(a.losses, b.losses, compare), tolerance) << "losses";
   ASSERT_EQ(a.weights.size(), b.weights.size());
   for (size_t i = 0; i < a.weights.size(); ++i) {
@@ -92,10 +92,16 @@ void expect_equal_runs(const RunResult& a, const RunResult& b, double tolerance,
   }
 }
 
+TrainOptions same_run(GateKind gate) {
+  TrainOptions options = small_run(gate);
+  if (gate != GateKind::kTopK && gate != GateKind::kComet) options.train_iters = 20;
+  return options;
+}
+
 class SameAtAnyRankCount : public ::testing::TestWithParam<GateKind> {};
 
 TEST_P(SameAtAnyRankCount, Float64) {
-  TrainOptions options = small_run(GetParam());
+  TrainOptions options = same_run(GetParam());
   ASSERT_GT(options.balance_coeff, 0);  // a loss that is not linear in the sums of the ranks
   options.aux_loss_coeff = 1e-2;
   options.z_loss_coeff = 1e-3;
@@ -115,7 +121,7 @@ TEST_P(SameAtAnyRankCount, Float64) {
 }
 
 TEST_P(SameAtAnyRankCount, Float32) {
-  TrainOptions options = small_run(GetParam());
+  TrainOptions options = same_run(GetParam());
   options.dtype = kernels::DType::kFloat32;
   const RunResult reference = train_domains(comm::self_group(), fixture_data(), options);
   options.idle_ranks = 1;
@@ -135,7 +141,7 @@ TEST_P(SameAtAnyRankCount, Float32) {
 
 // Experts that the ranks do not divide, and ranks without any expert.
 TEST_P(SameAtAnyRankCount, AnyNumberOfExperts) {
-  TrainOptions options = small_run(GetParam());
+  TrainOptions options = same_run(GetParam());
   for (const int64_t num_experts : {3, 5}) {
     options.num_experts = num_experts;
     const RunResult reference = train_domains(comm::self_group(), fixture_data(), options);

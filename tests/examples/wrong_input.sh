@@ -21,32 +21,25 @@ expect() { # STATUS TEXT COMMAND...
 cp -r "$here/fashion-mnist" "$work/cut"
 head -c 50000 "$here/fashion-mnist/train-images-idx3-ubyte.gz" >"$work/cut/train-images-idx3-ubyte.gz"
 
-for start in "" "${mpiexec:+$mpiexec -n 2}"; do
-  # shellcheck disable=SC2086
-  expect 64 "{single,hash,oracle,topk,dselectk,comet,dense,all}" $start "$train" --gate commet
-  # shellcheck disable=SC2086
-  expect 74 "examples/get_data.sh fashion" $start "$train" --data /no/such/folder
-  # shellcheck disable=SC2086
-  expect 65 "that its header announces" $start "$train" --data "$work/cut"
-  # shellcheck disable=SC2086
-  expect 64 "global_batch_size=257" $start "$train" --data "$here/fashion-mnist" --global-batch-size 257
-  # shellcheck disable=SC2086
-  expect 64 "validation_images=256" $start "$train" --data "$here/fashion-mnist" \
-    --validation-images 256
-  # shellcheck disable=SC2086
-  expect 64 "--gate: value hash is not one of" $start "$train" --task multi --gate hash
-  # shellcheck disable=SC2086
-  expect 64 "global_batch_size=129" $start "$train" --task multi --data "$here/fashion-mnist" \
-    --global-batch-size 129
-  # shellcheck disable=SC2086
-  expect 74 "/no/such/folder/x.json" $start "$train" --data "$here/fashion-mnist" --train-iters 1 \
-    --json /no/such/folder/x.json
-  # shellcheck disable=SC2086
-  expect 64 "--device: value gpu is not one of {auto,cpu,cuda}" $start "$train" --device gpu
-  # Without a GPU, and where there is one it is hidden.
-  # shellcheck disable=SC2086
-  expect 64 "device=cuda cannot be used: " env CUDA_VISIBLE_DEVICES= $start "$train" --device cuda
+two_ranks=(${mpiexec:+"$mpiexec" -n 2})
+# What each rank finds before it meets the others, and what they find together.
+data=(--data "$here/fashion-mnist")
+expect 64 "{single,hash,oracle,topk,dselectk,comet,dense,all}" "$train" --gate commet
+expect 64 "--gate: value hash is not one of" "$train" --task multi --gate hash
+expect 64 "--device: value gpu is not one of {auto,cpu,cuda}" "$train" --device gpu
+expect 64 "validation_images=256" "$train" "${data[@]}" --validation-images 256
+expect 64 "global_batch_size=129" "$train" "${data[@]}" --task multi --global-batch-size 129
+for start in "$train" "${two_ranks[*]} $train"; do
+  read -ra command <<<"$start"
+  expect 74 "examples/get_data.sh fashion" "${command[@]}" --data /no/such/folder
+  expect 65 "that its header announces" "${command[@]}" --data "$work/cut"
+  expect 64 "global_batch_size=257" "${command[@]}" "${data[@]}" --global-batch-size 257
 done
+expect 74 "/no/such/folder/x.json" "${two_ranks[@]}" "$train" "${data[@]}" --train-iters 1 \
+  --json /no/such/folder/x.json
+# Without a GPU, and where there is one it is hidden.
+expect 64 "device=cuda cannot be used: " env CUDA_VISIBLE_DEVICES= "${two_ranks[@]}" "$train" \
+  --device cuda
 expect 64 "needs --perm-search" "$train" --perm-scope per_gate
 expect 64 "per_tree needs gates with trees" "$train" --perm-search swap --perm-scope per_tree
 expect 64 "search.held_batches=4" "$train" --data "$here/fashion-mnist" --perm-search swap \

@@ -1,8 +1,7 @@
 // select_atoms against a sort.
-//   EqualsReference  random, tied, bfloat16, odd and constant scores; one cell and many, both
-//   orders,
-//                    0 <= k <= more than there are, candidates missing; the same on 1, 2, 3, 7
-//                    threads
+//   EqualsReference  random, tied, bfloat16, odd and constant scores; one cell and many, all
+//                    orders, 0 <= k <= more than there are, candidates missing; scores of all atoms
+//                    and of the candidates alone; the same on 1, 2, 3, 7 threads
 //   NanLast          NaN is taken when nothing else is left, and counted; so are infinities
 //   SpreadOverAtoms  equal scores: exactly k, and the share of each 16th is that of chance
 //   TieBits          no collisions; another key gives another order
@@ -74,6 +73,9 @@ TEST(SelectAtoms, Examples) {
   EXPECT_EQ(chosen({-1, 3, -2, 0}, 1, kSmallest), (Row{0, 0, 1, 0}));
   EXPECT_EQ(chosen({-kInf, kInf, 5}, 1, kLargest), (Row{0, 1, 0}));
   EXPECT_EQ(chosen({-kInf, kInf, 5}, 1, kSmallest), (Row{1, 0, 0}));
+  EXPECT_EQ(chosen({1, -3, 2, 0}, 2, AtomOrder::kLargestMagnitude), (Row{0, 1, 1, 0}));
+  EXPECT_EQ(chosen({1, -3, 2, -0.0f}, 2, AtomOrder::kSmallestMagnitude), (Row{1, 0, 0, 1}));
+  EXPECT_EQ(chosen({-kInf, 7, kNan}, 2, AtomOrder::kLargestMagnitude), (Row{1, 1, 0}));
   EXPECT_EQ(chosen({1, 2}, 0, kLargest), (Row{0, 0}));
   EXPECT_EQ(chosen({1, kNan}, 5, kLargest), (Row{1, 1}));
   EXPECT_EQ(chosen({}, 5, kLargest), Row{});
@@ -112,7 +114,13 @@ void expect_reference(const AtomCells& cells, const std::vector<float>& scores,
   const std::vector<Bits> candidate_sets = {
       all_bits(count), bits_where(count, [](int64_t a) { return a % 3 != 1 && a % 64 != 5; })};
   for (const Bits& candidates : candidate_sets) {
-    for (const AtomOrder order : {AtomOrder::kLargest, AtomOrder::kSmallest}) {
+    std::vector<float> listed;
+    for (int64_t a = 0; a < count && !scores.empty(); ++a) {
+      const bool is_in = (candidates[static_cast<size_t>(a / 64)] >> (a % 64) & 1) != 0;
+      if (is_in) listed.push_back(scores[static_cast<size_t>(a)]);
+    }
+    for (const AtomOrder order : {AtomOrder::kLargest, AtomOrder::kSmallest,
+                                  AtomOrder::kLargestMagnitude, AtomOrder::kSmallestMagnitude}) {
       for (const int64_t share : {0, 1, 3, 9, 10, 13}) {
         std::vector<int64_t> k(static_cast<size_t>(cells.num_cells));
         for (size_t c = 0; c < k.size(); ++c) {
@@ -133,6 +141,14 @@ void expect_reference(const AtomCells& cells, const std::vector<float>& scores,
           ASSERT_EQ(actual.counts.num_candidates, expected.counts.num_candidates) << what;
           ASSERT_EQ(actual.counts.num_nan, expected.counts.num_nan) << what;
           ASSERT_EQ(actual.counts.num_infinite, expected.counts.num_infinite) << what;
+          if (scores.empty() || threads_used != 3) continue;
+          Bits of_listed(candidates.size(), ~uint64_t{0});
+          const AtomCounts counts =
+              select_listed_atoms(cells, order, listed.data(), candidates.data(), k.data(),
+                                  random_key(4), of_listed.data());
+          ASSERT_EQ(of_listed, expected.bits) << what << " listed";
+          ASSERT_EQ(counts.num_nan, expected.counts.num_nan) << what << " listed";
+          ASSERT_EQ(counts.num_infinite, expected.counts.num_infinite) << what << " listed";
         }
       }
     }

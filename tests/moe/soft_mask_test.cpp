@@ -15,6 +15,7 @@
 //   Resume           inside a frame and between two choices: the uninterrupted run, bit for bit
 //   Groups           nm_dst: the mask changes and every group keeps N
 //   Presets          all N:M presets and Top-KAST run on two experts and keep their budget
+//   GroupedExperts   equal, bit for bit, to experts whose other weights are 0
 //   ExpertTensor     units without a link: effective() of one expert, gradient to it alone
 //   Refused, Diverged  texts
 #include "moe/soft_mask.h"
@@ -27,6 +28,8 @@
 #include <cmath>
 #include <limits>
 
+#include "moe/grouped_mlp.h"
+#include "moe/routing_plan.h"
 #include "moe/sparse_linear.h"
 #include "moe/sparse_presets.h"
 #include "tests/config_error.h"
@@ -535,6 +538,62 @@ TEST(SoftMask, ExpertTensor) {
   unit.parameter = plain;
   const Sparsifier hard({unit}, presets::static_mask(0.5));
   EXPECT_TRUE(hard.effective({}).is_same(plain));
+}
+
+std::shared_ptr<GroupedMLP> grouped_experts(bool gated) {
+  auto experts = std::make_shared<GroupedMLP>(GroupedMLPOptions(16, 8).gated(gated).bias(true),
+                                              ExpertPlacement::contiguous(3, 1), 0);
+  experts->to(at::kDouble);
+  return experts;
+}
+
+// Grouped experts compute with effective weights while the Sparsifier lives, some of their matrices
+// or all, as experts whose other weights are 0 do; the gradient is that of those.
+TEST(SoftMask, GroupedExperts) {
+  gates::Routing routing;
+  routing.num_tokens = 4;
+  routing.token_offsets = at::tensor({0, 2, 3, 3, 5}, at::kInt);
+  routing.expert_idx = at::tensor({0, 2, 2, 0, 2}, at::kInt);  // expert 1 has no rows
+  const auto plan = std::make_shared<RoutingPlan>();
+  plan->local = make_local_plan(routing, 3);
+  const at::Tensor rows = normal({4, 16}, 5), weights = normal({5, 1}, 6),
+                   grad = normal({4, 16}, 7);
+  for (const bool gated : {false, true}) {
+    for (const std::string pattern : {"*", "w1", "w2"}) {
+      SCOPED_TRACE(pattern + (gated ? ", gated" : ""));
+      const auto experts = grouped_experts(gated), masked = grouped_experts(gated);
+      {
+        const c10::NoGradGuard no_grad;
+        const auto mask = [](at::Tensor part) { part.mul_(groups_by_hand(part, 2, 4)); };
+        for (int64_t e = 0; e < 3; ++e) {
+          if (pattern != "w2") mask(masked->up_proj[e].narrow(0, 0, 8));
+          if (pattern == "*" && gated) mask(masked->up_proj[e].narrow(0, 8, 8));
+          if (pattern != "w1") mask(masked->down_proj[e]);
+        }
+      }
+      const at::Tensor plain = experts->forward(rows, weights, plan);
+      const at::Tensor expected = masked->forward(rows, weights, plan);
+      expected.backward(grad);
+      {
+        const std::vector<SparseUnit> units = experts->sparse_units(4, pattern);
+        Sparsifier sparsifier(units, presets::srste(2, 4, 0));
+        EXPECT_NE(config_error([&] {
+                    Sparsifier(units, presets::srste(2, 4, 0));
+                  }).find("belongs to another Sparsifier"),
+                  std::string::npos);
+        sparsifier.begin_step(0);
+        const at::Tensor effective = experts->forward(rows, weights, plan);
+        effective.backward(grad);
+        EXPECT_TRUE(at::equal(effective, expected));
+        EXPECT_FALSE(at::allclose(effective, plain));
+      }
+      const std::vector<at::Tensor> mine = experts->parameters(), theirs = masked->parameters();
+      for (size_t i = 0; i < mine.size(); ++i) {
+        EXPECT_TRUE(at::equal(mine[i].grad(), theirs[i].grad())) << i;
+      }
+      EXPECT_TRUE(at::equal(experts->forward(rows, weights, plan), plain));
+    }
+  }
 }
 
 std::string refusal(const SparsifierConfig& config, int64_t in = 16) {

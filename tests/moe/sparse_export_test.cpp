@@ -234,9 +234,9 @@ TEST(SparseExport, Refused) {
   const at::Tensor weight = normal({3, 8}, 1);
   const AtomLayout layout = make_layout(Structure::unstructured(), 3, 8, "weight");
   PackedMask mask(3, 8);
-  for (const int64_t place : {9, 10, 17}) mask.set(place, true);
+  for (const int64_t place : {9, 10, 11, 17}) mask.set(place, true);
   EXPECT_EQ(config_error([&] { export_as(weight, layout, mask, SparseFormat::kCondensed); }),
-            "[sparse_export] fan-in=1 of row 2 differs from 2 of row 1; condensed weights need "
+            "[sparse_export] fan-in=1 of row 2 differs from 3 of row 1; condensed weights need "
             "constant fan-in, choose kCsr");
   EXPECT_EQ(config_error([&] { export_as(weight, layout, mask, SparseFormat::kGroups); }),
             "[sparse_export] layout=given is not N:M; choose another format");

@@ -806,6 +806,33 @@ TEST(SparseGlobal, Refused) {
               c.rule.drop = DropCriterion::kSetSigned;
             }).find("which set_signed has not"),
             std::string::npos);
+  for (const DropCriterion drop : {DropCriterion::kMest, DropCriterion::kTaylor}) {
+    EXPECT_EQ(text([drop](SparsifierConfig& c) { c.rule.drop = drop; }),
+              "[sparsifier] distribution=global compares weights of all units, also of those "
+              "without a gradient; choose magnitude");
+  }
+  for (const GrowCriterion grow : {GrowCriterion::kMomentum, GrowCriterion::kGreedyProgress}) {
+    EXPECT_EQ(text([grow](SparsifierConfig& c) { c.rule.grow = grow; }),
+              "[sparsifier] distribution=global grows by grad, random, unfired or none only");
+  }
+  for (const Distribution distribution : {Distribution::kGlobal, Distribution::kLoad}) {
+    EXPECT_NE(text([distribution](SparsifierConfig& c) {
+                c.budget.distribution = distribution;
+                c.rule.grow = GrowCriterion::kSampledGrad;
+              }).find("grow=sampled_grad draws candidates for a budget that stays"),
+              std::string::npos);
+    EXPECT_NE(text([distribution](SparsifierConfig& c) {
+                c.budget.distribution = distribution;
+                c.structure = Structure::coupled_neurons();
+              }).find("structure=neuron has budgets that stay"),
+              std::string::npos);
+    EXPECT_NE(text([distribution](SparsifierConfig& c) {
+                c.budget.distribution = distribution;
+                c.structure = Structure::constant_fan_in();
+                c.ablation.gamma = 0.3;
+              }).find("ablation=on shares budgets that stay"),
+              std::string::npos);
+  }
   EXPECT_NE(text([](SparsifierConfig& c) {
               c.schedule.grow_first = true;
             }).find("grow_first=true does not go with distribution global"),

@@ -8,12 +8,14 @@
 //   Prunes         update_mask without growth, with a number to grow, by sign under a target
 //   Training       masks have their targets after each update, all structures, criteria, orders;
 //                  staggered units at the end of each window; what is dropped and grown adds up
+//   Criteria       ramps with drop and grow criteria of gradients: the smallest |w| + |g| or |w g|
+//                  go, numbers are exact, and resume
 //   Skipped        a unit without rows or gradients loses what the ramp takes, and grows nothing
 //   Resume         inside a ramp, at each step, bit for bit; saved budgets that cannot be
 //   NmRamp         every group has the N of its frame, also where M changes; resume
 //   GrowFirst      exact numbers beyond the budget, back to it with the last update
 //   Ranks          P = 1, 2, 4 and a change of P: the same masks
-//   Presets        mest, nm_ramp: three updates keep the budget
+//   Presets        mest, nm_ramp: three updates keep the budget; mest drops by its own criterion
 //   Refused        ramps that cannot end, or that other choices forbid
 //   Pattern        a wrong one is refused on all ranks, also where no expert is
 #include <ATen/Parallel.h>
@@ -553,6 +555,53 @@ TEST(SparseRamp, Resume) {
             std::string::npos);
 }
 
+TEST(SparseRamp, Criteria) {
+  at::set_num_threads(1);
+  for (const DropCriterion drop : {DropCriterion::kMest, DropCriterion::kTaylor}) {
+    SparsifierConfig config = ramp_config(GrowCriterion::kNone);
+    config.rule.drop = drop;
+    at::Tensor weight = normal({9, 14}, 3);
+    Sparsifier sparsifier({unit_of(weight, 0)}, config);
+    const UnitKey key = sparsifier.units()[0].key;
+    int64_t num_dropped = 0;
+    for (int64_t step = 0; step < 50; ++step) {
+      sparsifier.begin_step(step);
+      const PackedMask before = sparsifier.mask(key);
+      const at::Tensor slope = normal({9, 14}, 100 + static_cast<uint64_t>(step));
+      weight.mutable_grad() = slope.clone();
+      const at::Tensor scores =
+          (drop == DropCriterion::kMest ? weight.abs() + slope.abs() : weight.mul(slope).abs())
+              .to(at::kFloat)
+              .contiguous();
+      const float* const score = scores.const_data_ptr<float>();
+      sparsifier.end_backward(step);
+      sparsifier.end_step(step);
+      const PackedMask& after = sparsifier.mask(key);
+      float worst_kept = INFINITY;
+      for (int64_t place = 0; place < 126; ++place) {
+        if (after.test(place)) worst_kept = std::min(worst_kept, score[place]);
+      }
+      const PackedMask dropped = without(before, after);
+      for (int64_t place = 0; place < 126; ++place) {
+        if (!dropped.test(place)) continue;
+        EXPECT_LE(score[place], worst_kept) << step;
+      }
+      num_dropped += dropped.count();
+      EXPECT_EQ(without(after, before).count(), 0);
+      EXPECT_EQ(after.count(), ramp_density(config.schedule, config.budget.density,
+                                            window_of(config.schedule, step))
+                                   .of(126));
+    }
+    EXPECT_EQ(num_dropped, 126 - 38);
+    for (const GrowCriterion grow : {GrowCriterion::kMomentum, GrowCriterion::kGrad}) {
+      config.rule.grow = grow;
+      for (const int64_t stop : {2, 14, 23, 40}) {
+        expect_resumes<torch::optim::AdamW>(config, torch::optim::AdamWOptions(0.01), stop, 50);
+      }
+    }
+  }
+}
+
 TEST(SparseRamp, NmRamp) {
   at::set_num_threads(1);
   // 12x8 and 4x12: groups of 4 neighbours everywhere, of 2 at the end.
@@ -675,6 +724,7 @@ TEST(SparseRamp, Presets) {
       {"mest", presets::mest(0.25, 16, 4)},
       {"mest, soft bound", presets::mest(0.25, 16, 4, 0.2, true)},
       {"nm_ramp", presets::nm_ramp(1, 4, 16, 4)}};
+  EXPECT_EQ(presets::mest(0.25, 16).rule.drop, DropCriterion::kMest);
   for (const auto& [name, config] : configs) {
     const at::Tensor experts = normal({2, 6, 8}, 5).requires_grad_(true);
     Sparsifier sparsifier(expert_units("w1", experts, 0, Matrix::kW1, {0, 1}), config);
@@ -779,6 +829,19 @@ TEST(SparseRamp, Refused) {
               c.rule.drop = DropCriterion::kSetSigned;
             }).find("set_signed"),
             std::string::npos);
+  EXPECT_EQ(refused([](SparsifierConfig& c) { c.structure = Structure::coupled_neurons(); }),
+            "[sparsifier] structure=neuron has budgets that stay; give up ramps, grow_first, "
+            "global and load");
+  EXPECT_EQ(refused([](SparsifierConfig& c) {
+              c.structure = Structure::constant_fan_in();
+              c.rule.grow = GrowCriterion::kGrad;
+              c.ablation.gamma = 0.3;
+            }),
+            "[sparsifier] ablation=on shares budgets that stay; give up ramps, grow_first, global "
+            "and load");
+  EXPECT_EQ(refused([](SparsifierConfig& c) { c.rule.grow = GrowCriterion::kSampledGrad; }),
+            "[sparsifier] grow=sampled_grad draws candidates for a budget that stays; choose grad, "
+            "or give up ramps, grow_first, global and load");
   EXPECT_NE(refused([](SparsifierConfig& c) {
               c.forward.method = ForwardMethod::kSte;
               c.schedule.end = c.schedule.begin;
