@@ -6,6 +6,7 @@
 //               idle units, all criteria; at 1, 2, 3 ranks
 //   Floors      200 aggressive updates, global and by load: the sum exact after each, no unit below
 //               its floor or above its ceiling; small weights and idle experts come down to it
+//   Signs       weights and gradients of both signs count by magnitude, against a plain sort
 //   Moves       a unit with larger gradients and weights takes from the others
 //   Load        closed form of the shares; reallocation every n-th update; idle units shrink only
 //   LoadResumes at each step, rows that change, also under a ramp: bit for bit
@@ -489,6 +490,47 @@ TEST(SparseGlobal, Floors) {
       }
     }
   }
+}
+
+TEST(SparseGlobal, Signs) {
+  // Two units, 9x14 and 6x8, as one list of atoms.
+  const std::vector<at::Tensor> weights = {normal({9, 14}, 3), normal({6, 8}, 4)};
+  const std::vector<at::Tensor> slopes = {normal({9, 14}, 5), normal({6, 8}, 6)};
+  SparsifierConfig config = shared_config(Distribution::kGlobal, GrowCriterion::kGrad);
+  config.budget.floor = Density::ratio(1, 1000);  // none
+  config.schedule.alpha = 0.4;
+  Sparsifier sparsifier({unit_of(weights[0], 0), unit_of(weights[1], 1)}, config);
+  std::vector<std::pair<double, size_t>> active, inactive;  // magnitude, number of the atom
+  std::vector<bool> expected;
+  for (size_t u = 0; u < 2; ++u) {
+    const PackedMask mask = sparsifier.mask(sparsifier.units()[u].key);
+    const at::Tensor size = weights[u].abs(), slope = slopes[u].abs();
+    for (int64_t place = 0; place < mask.num_places(); ++place) {
+      const size_t atom = expected.size();
+      expected.push_back(mask.test(place));
+      if (mask.test(place)) active.emplace_back(size.const_data_ptr<double>()[place], atom);
+      if (!mask.test(place)) inactive.emplace_back(slope.const_data_ptr<double>()[place], atom);
+    }
+  }
+  const size_t num_moved = active.size() * 2 / 5;
+  ASSERT_GT(num_moved, 10u);
+  std::sort(active.begin(), active.end());
+  std::sort(inactive.rbegin(), inactive.rend());
+  for (size_t i = 0; i < num_moved; ++i) {
+    expected[active[i].second] = false;
+    expected[inactive[i].second] = true;
+  }
+  for (size_t u = 0; u < 2; ++u) {
+    at::Tensor(weights[u]).mutable_grad() = slopes[u].clone();
+  }
+  sparsifier.begin_step(0);
+  sparsifier.end_backward(0);
+  std::vector<bool> actual;
+  for (const SparseUnit& unit : sparsifier.units()) {
+    const PackedMask& mask = sparsifier.mask(unit.key);
+    for (int64_t place = 0; place < mask.num_places(); ++place) actual.push_back(mask.test(place));
+  }
+  EXPECT_EQ(actual, expected);
 }
 
 TEST(SparseGlobal, Moves) {
