@@ -6,6 +6,7 @@
 //   FanIn         exact for six densities; 1000x1000 at 90 % has 100 in each row, at 80 % 200
 //   Training      updates keep the number of weights exactly, ablated rows are 0 and kept rows
 //                 stay; with loses_rest the number falls by less than one a row
+//   LosesRest     what is lost does not change how many weights the next updates move
 //   FreesColumns  w2 drops what reads ablated units at the end, or at once, and grows as much
 //                 elsewhere; not where hidden units have a bias
 //   Resume        save, load, go on: the uninterrupted run; masks of other rows are refused
@@ -344,6 +345,35 @@ TEST(SparseAblation, Training) {
       }
     }
   }
+}
+
+TEST(SparseAblation, LosesRest) {
+  at::Tensor weight = normal({11, 7}, 1);
+  SparsifierConfig config = ablating(2, UpdateOrder::kBeforeStep);
+  config.ablation.loses_rest = true;
+  config.ablation.kept.clear();
+  Sparsifier sparsifier({unit_of(weight, 0)}, config);
+  const int64_t first = sparsifier.nnz();
+  for (int64_t step = 0; step < 60; ++step) {
+    sparsifier.begin_step(step);
+    const PackedMask active = sparsifier.mask({0});
+    const at::Tensor slope = normal({11, 7}, 50 + static_cast<uint64_t>(step));
+    weight.mutable_grad() = slope.clone();
+    weight.copy_(normal({11, 7}, 150 + static_cast<uint64_t>(step)));  // no equal scores
+    const auto magnitudes = [](const at::Tensor& values) {
+      const at::Tensor sizes = values.abs().to(at::kFloat).contiguous();
+      const float* const data = sizes.const_data_ptr<float>();
+      return std::vector<float>(data, data + sizes.numel());
+    };
+    const std::vector<float> sizes = magnitudes(weight), gradients = magnitudes(slope);
+    const bool is_due = !sparsifier.end_backward(step).units.empty();
+    sparsifier.end_step(step);
+    if (!is_due) continue;
+    const Update expected =
+        updated(config.ablation, active, sizes, gradients, config.schedule.alpha);
+    ASSERT_EQ(sparsifier.mask({0}), expected.change.mask) << step;
+  }
+  EXPECT_LT(sparsifier.nnz(), first);
 }
 
 std::shared_ptr<GroupedMLP> two_experts(bool has_bias) {
