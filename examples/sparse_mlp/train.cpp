@@ -186,23 +186,4 @@ MlpResult train_mlp(const ImageSets& images, const Method& method, int64_t epoch
   return result;
 }
 
-double expected_best_of(const std::vector<MlpResult>& runs, size_t k) {
-  require(k >= 1 && k <= runs.size(), "expected_best_of", "k", k,
-          "is not between 1 and the " + to_text(runs.size()) + " runs");
-  std::vector<const MlpResult*> order;
-  for (const MlpResult& run : runs) order.push_back(&run);
-  std::stable_sort(order.begin(), order.end(), [](const MlpResult* a, const MlpResult* b) {
-    return a->last_validation > b->last_validation;
-  });
-  // Run i is the best of a choice with probability C(n - 1 - i, k - 1) / C(n, k).
-  const auto n = static_cast<double>(order.size()), size = static_cast<double>(k);
-  double probability = size / n, mean = 0;
-  for (size_t i = 0; i < order.size(); ++i) {
-    mean += probability * order[i]->last;
-    const double left = n - 1 - static_cast<double>(i);
-    if (left > 0) probability *= std::max(left - size + 1, 0.0) / left;
-  }
-  return mean;
-}
-
 }  // namespace perseid::examples

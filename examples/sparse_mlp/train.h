@@ -49,8 +49,4 @@ struct MlpProgress {
 MlpResult train_mlp(const ImageSets& images, const Method& method, int64_t epochs, uint64_t seed,
                     const std::function<void(const MlpProgress&)>& report = {});
 
-/// Which of `runs` a random search of k static masks finds: the one of highest accuracy on the
-/// validation images. The mean over all choices of k of the runs, exactly.
-double expected_best_of(const std::vector<MlpResult>& runs, size_t k);
-
 }  // namespace perseid::examples

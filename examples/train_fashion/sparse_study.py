@@ -126,7 +126,7 @@ def parse():
     parser.add_argument("--seeds", type=study.positive, default=5,
                         help="0 to N-1 (default: %(default)s)")
     parser.add_argument("--epochs", type=study.positive, default=3, help="(default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="(default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=8e-3, help="(default: %(default)s)")
     parser.add_argument("--dst-every", type=study.positive, default=25,
                         help="as of train_fashion (default: %(default)s)")
     parser.add_argument("--jobs", type=study.positive, default=1, help="runs at a time")

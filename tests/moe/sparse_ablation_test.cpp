@@ -293,16 +293,6 @@ SparsifierConfig ablating(double gamma, UpdateOrder order = UpdateOrder::kAfterS
   config.ablation.kept = {"layer1"};
   return config;
 }
-void train_step(const TwoWeights& model, Sparsifier& sparsifier, torch::optim::Optimizer& optimizer,
-                int64_t step) {
-  sparsifier.begin_step(step);
-  optimizer.zero_grad();
-  model.backward(step);
-  sparsifier.end_backward(step);
-  optimizer.step();
-  sparsifier.end_step(step);
-}
-
 TEST(SparseAblation, Training) {
   for (const bool loses_rest : {false, true}) {
     for (const UpdateOrder order : {UpdateOrder::kAfterStep, UpdateOrder::kBeforeStep}) {

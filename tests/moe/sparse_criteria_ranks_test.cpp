@@ -148,14 +148,7 @@ TEST(SparseCriteriaRanks, Checkpoint) {
   for (const SparsifierConfig& config :
        {sampled, criteria(DropCriterion::kMagnitude, GrowCriterion::kMomentum)}) {
     const Trained one = train(1, 1, config);
-    const auto piece = [&](int num_ranks, int64_t ep_size, int64_t first, int64_t end,
-                           const Trained* from) {
-      RunOptions options;
-      options.first_step = first;
-      options.end_step = end;
-      options.from = from;
-      return train(num_ranks, ep_size, config, options);
-    };
+    const auto piece = [&](auto... arguments) { return train_piece(config, arguments...); };
     const Trained a = piece(4, 2, 0, 4, nullptr);
     int64_t num_sums = 0, num_active_sums = 0;
     for (const UnitState& unit : a.state.units) {
@@ -172,10 +165,7 @@ TEST(SparseCriteriaRanks, Checkpoint) {
     const Trained whole = piece(4, 2, 0, 13, nullptr);
     const Trained half = piece(4, 2, 0, 6, nullptr);
     const Trained rest = piece(4, 2, 6, 13, &half);
-    EXPECT_EQ(whole.masks, rest.masks);
-    for (const auto& [key, weight] : whole.weights) {
-      EXPECT_TRUE(same_bits(weight, rest.weights.at(key))) << to_string(key);
-    }
+    expect_same_bits(whole, rest);
   }
 }
 

@@ -43,8 +43,10 @@ namespace perseid {
 namespace {
 
 using kernels::random_key;
+using testing::cell_counts;
 using testing::config_error;
 using testing::normal;
+using testing::train_step;
 using testing::TwoWeights;
 using testing::unit_of;
 
@@ -228,12 +230,6 @@ TEST(SparseCriteria, NoDropGradient) {
   }
 }
 
-std::vector<int64_t> counts_of(const AtomLayout& layout, const PackedMask& mask) {
-  std::vector<int64_t> counts(static_cast<size_t>(layout.cells.num_cells));
-  kernels::count_atoms(layout.cells, mask.data(), counts.data());
-  return counts;
-}
-
 TEST(SparseCriteria, Candidates) {
   UpdateRule rule;
   rule.grow = GrowCriterion::kSampledGrad;
@@ -245,7 +241,7 @@ TEST(SparseCriteria, Candidates) {
     const PackedMask drawn = draw_candidates(layout, rule, active, fraction, random_key(2));
     EXPECT_EQ((drawn & active).count(), 0);
     EXPECT_EQ(drawn, draw_candidates(layout, rule, active, fraction, random_key(2)));
-    const std::vector<int64_t> counts = counts_of(layout, drawn);
+    const std::vector<int64_t> counts = cell_counts(layout, drawn);
     EXPECT_EQ(std::set<int64_t>(counts.begin(), counts.end()).size(), 1u);
     return counts[0];
   };
@@ -609,17 +605,6 @@ struct TwoLayers {
 };
 
 template <typename Model>
-void step_of(Model& model, Sparsifier& sparsifier, torch::optim::Optimizer& optimizer,
-             int64_t step) {
-  sparsifier.begin_step(step);
-  optimizer.zero_grad();
-  model.backward(step);
-  sparsifier.end_backward(step);
-  optimizer.step();
-  sparsifier.end_step(step);
-}
-
-template <typename Model>
 void expect_resumes(const SparsifierConfig& config, int64_t stop) {
   Model model, other;
   Sparsifier sparsifier(model.units(), config), resumed(other.units(), config);
@@ -628,7 +613,7 @@ void expect_resumes(const SparsifierConfig& config, int64_t stop) {
   sparsifier.attach(optimizer);
   resumed.attach(other_optimizer);
   // Whatever it did before is forgotten.
-  for (int64_t step = 0; step < 13; ++step) step_of(other, resumed, other_optimizer, step + 1);
+  for (int64_t step = 0; step < 13; ++step) train_step(other, resumed, other_optimizer, step + 1);
   for (int64_t step = 0; step < 45; ++step) {
     if (step == stop) {
       for (size_t u = 0; u < 2; ++u) {
@@ -639,8 +624,8 @@ void expect_resumes(const SparsifierConfig& config, int64_t stop) {
       torch::load(other_optimizer, saved);
       resumed.load(sparsifier.state_dict());
     }
-    step_of(model, sparsifier, optimizer, step);
-    if (step >= stop) step_of(other, resumed, other_optimizer, step);
+    train_step(model, sparsifier, optimizer, step);
+    if (step >= stop) train_step(other, resumed, other_optimizer, step);
   }
   for (size_t u = 0; u < 2; ++u) {
     const UnitKey& key = sparsifier.units()[u].key;
@@ -679,8 +664,8 @@ TEST(SparseCriteria, LeftOutSteps) {
     Sparsifier sparsifier(model.units(), config);
     torch::optim::SGD optimizer(model.parameters(), torch::optim::SGDOptions(0.0));
     sparsifier.attach(optimizer);
-    if (begins) step_of(model, sparsifier, optimizer, 8);
-    for (int64_t step = 17; step < 20; ++step) step_of(model, sparsifier, optimizer, step);
+    if (begins) train_step(model, sparsifier, optimizer, 8);
+    for (int64_t step = 17; step < 20; ++step) train_step(model, sparsifier, optimizer, step);
     EXPECT_EQ(sparsifier.stats(model.units()[0].key).num_updates, 1);
     masks.push_back(sparsifier.mask(model.units()[0].key));
   }

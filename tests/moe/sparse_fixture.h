@@ -1,5 +1,6 @@
 #pragma once
 #include <ATen/ATen.h>
+#include <torch/optim/optimizer.h>
 
 #include <cstdint>
 #include <string>
@@ -40,5 +41,26 @@ struct TwoWeights {
     (x.mm(w0.t()).tanh().mm(w1.t()) - y).square().sum().backward();
   }
 };
+
+/// One step of a model with backward(step). @return what was updated, whatever the order
+template <typename Model>
+std::vector<UnitUpdate> train_step(Model& model, Sparsifier& sparsifier,
+                                   torch::optim::Optimizer& optimizer, int64_t step) {
+  sparsifier.begin_step(step);
+  optimizer.zero_grad();
+  model.backward(step);
+  std::vector<UnitUpdate> updates = sparsifier.end_backward(step).units;
+  optimizer.step();
+  const std::vector<UnitUpdate> late = sparsifier.end_step(step).units;
+  updates.insert(updates.end(), late.begin(), late.end());
+  return updates;
+}
+
+/// Active atoms of each cell.
+inline std::vector<int64_t> cell_counts(const AtomLayout& layout, const PackedMask& mask) {
+  std::vector<int64_t> counts(static_cast<size_t>(layout.cells.num_cells));
+  kernels::count_atoms(layout.cells, mask.data(), counts.data());
+  return counts;
+}
 
 }  // namespace perseid::testing

@@ -155,16 +155,6 @@ void expect_coupled(const Layer& layer, const Sparsifier& sparsifier, int64_t nu
     }
   }
 }
-void train_step(const Layer& layer, Sparsifier& sparsifier, torch::optim::Optimizer& optimizer,
-                int64_t step) {
-  sparsifier.begin_step(step);
-  optimizer.zero_grad();
-  layer.backward(step);
-  sparsifier.end_backward(step);
-  optimizer.step();
-  sparsifier.end_step(step);
-}
-
 TEST(SparseNeuron, Coupled) {
   at::set_num_threads(1);
   for (const bool gated : {true, false}) {

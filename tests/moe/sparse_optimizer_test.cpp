@@ -196,8 +196,8 @@ at::Tensor mask_of(const Sparsifier& sparsifier, size_t u) {
   return position_mask(sparsifier.layout(key), sparsifier.mask(key));
 }
 
-void train_step(const TwoWeights& model, Sparsifier& sparsifier, Optimizer& optimizer,
-                int64_t step) {
+void clipped_step(const TwoWeights& model, Sparsifier& sparsifier, Optimizer& optimizer,
+                  int64_t step) {
   sparsifier.begin_step(step);
   optimizer.zero_grad();
   for (int64_t pass = 0; pass < 2; ++pass) model.backward(2 * step + pass);
@@ -225,8 +225,8 @@ TEST(SparseOptimizer, SameTraining) {
         mine.attach(*compressed.optimizer);
         theirs.attach(*plain.optimizer);
         for (int64_t step = 0; step < 100; ++step) {
-          train_step(sparse, mine, *compressed.optimizer, step);
-          train_step(dense, theirs, *plain.optimizer, step);
+          clipped_step(sparse, mine, *compressed.optimizer, step);
+          clipped_step(dense, theirs, *plain.optimizer, step);
           for (size_t u = 0; u < 2; ++u) {
             const at::Tensor weight = sparse.parameters()[u].detach();
             const at::Tensor mask = mask_of(mine, u);
@@ -319,7 +319,7 @@ TEST(SparseOptimizer, Untouched) {
       const Made made = make(model.parameters(), true);
       sparsifier.attach(*made.optimizer);
       for (int64_t step = 0; step < 6; ++step) {
-        train_step(model, sparsifier, *made.optimizer, step);
+        clipped_step(model, sparsifier, *made.optimizer, step);
       }
       const at::Tensor before = mask_of(sparsifier, 0);
       const at::Tensor weight = model.w0.detach().clone();
@@ -537,7 +537,7 @@ TEST(SparseOptimizer, Resume) {
             weights.push_back(weight.detach().clone());
           }
         }
-        train_step(whole, sparsifier, *made.optimizer, step);
+        clipped_step(whole, sparsifier, *made.optimizer, step);
       }
       TwoWeights resumed;
       config.seed = 0;
@@ -554,7 +554,7 @@ TEST(SparseOptimizer, Resume) {
       archive.load_from(file);
       other.optimizer->load(archive);
       for (int64_t step = 12; step < 24; ++step) {
-        train_step(resumed, again, *other.optimizer, step);
+        clipped_step(resumed, again, *other.optimizer, step);
       }
       EXPECT_TRUE(at::equal(resumed.w0, whole.w0)) << name;
       EXPECT_TRUE(at::equal(resumed.w1, whole.w1)) << name;

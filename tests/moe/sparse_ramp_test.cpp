@@ -210,12 +210,6 @@ std::vector<float> normal_floats(int64_t count, uint64_t seed) {
   const at::Tensor values = normal({count}, seed, at::kFloat);
   return {values.const_data_ptr<float>(), values.const_data_ptr<float>() + count};
 }
-std::vector<int64_t> cell_counts(const AtomLayout& layout, const PackedMask& mask) {
-  std::vector<int64_t> counts(static_cast<size_t>(layout.cells.num_cells));
-  kernels::count_atoms(layout.cells, mask.data(), counts.data());
-  return counts;
-}
-
 TEST(SparseRamp, Prunes) {
   const auto weights = normal_floats(200, 6), grow = normal_floats(200, 7);
   std::vector<float> scores = weights;
@@ -315,19 +309,6 @@ struct Wider {
   }
 };
 
-void step_of(const Wider& model, Sparsifier& sparsifier, torch::optim::Optimizer& optimizer,
-             int64_t step, std::vector<UnitUpdate>* updates = nullptr) {
-  sparsifier.begin_step(step);
-  optimizer.zero_grad();
-  model.backward(step);
-  const UpdateReport before = sparsifier.end_backward(step);
-  optimizer.step();
-  const UpdateReport after = sparsifier.end_step(step);
-  if (updates == nullptr) return;
-  *updates = before.units;
-  updates->insert(updates->end(), after.units.begin(), after.units.end());
-}
-
 std::vector<int64_t> numbers_of(const Sparsifier& sparsifier) {
   std::vector<int64_t> numbers;
   for (const SparseUnit& unit : sparsifier.units()) {
@@ -372,8 +353,7 @@ TEST(SparseRamp, Training) {
         int64_t num_grown = 0;
         for (int64_t step = 0; step < 50; ++step) {
           const std::vector<int64_t> before = numbers_of(sparsifier);
-          std::vector<UnitUpdate> updates;
-          step_of(model, sparsifier, optimizer, step, &updates);
+          const std::vector<UnitUpdate> updates = train_step(model, sparsifier, optimizer, step);
           const std::vector<int64_t> now = numbers_of(sparsifier);
           ASSERT_EQ(now, targets.at(window_of(config.schedule, step))) << step;
           ASSERT_EQ(updates.size(), step % 4 == 3 && step < 44 ? 2u : 0u);
@@ -492,8 +472,8 @@ void expect_resumes(const SparsifierConfig& config, const Options& options, int6
       torch::save(optimizer, saved);
       torch::load(other_optimizer, saved);
     }
-    step_of(model, sparsifier, optimizer, step);
-    if (step >= stop) step_of(other, resumed, other_optimizer, step);
+    train_step(model, sparsifier, optimizer, step);
+    if (step >= stop) train_step(other, resumed, other_optimizer, step);
   }
   for (size_t u = 0; u < 2; ++u) {
     EXPECT_TRUE(at::equal(model.parameters()[u], other.parameters()[u])) << stop;
@@ -522,7 +502,7 @@ TEST(SparseRamp, Resume) {
   Sparsifier sparsifier(model.units(), config);
   torch::optim::SGD optimizer(model.parameters(), torch::optim::SGDOptions(0.1));
   sparsifier.attach(optimizer);
-  for (int64_t step = 0; step < 20; ++step) step_of(model, sparsifier, optimizer, step);
+  for (int64_t step = 0; step < 20; ++step) train_step(model, sparsifier, optimizer, step);
   const SparsifierState good = sparsifier.state_dict();
   sparsifier.load(good);
   const auto text = [&](const auto& spoil) {
@@ -621,7 +601,7 @@ TEST(SparseRamp, NmRamp) {
       sparsifier.attach(optimizer);
       EXPECT_EQ(numbers_of(sparsifier), (std::vector<int64_t>{72, 36}));
       for (int64_t step = 0; step < 50; ++step) {
-        step_of(model, sparsifier, optimizer, step);
+        train_step(model, sparsifier, optimizer, step);
         // 41 steps from 3: frames begin with the windows at 19 (15.3), 31 (27.6), 39 (35.8).
         const int64_t at = stagger && step >= 3 ? step - (step - 3) % 4 : step;
         const bool is_complete = !stagger || (step - 3) % 4 == 3;
@@ -704,14 +684,7 @@ TEST(SparseRamp, Ranks) {
       expect_close(many, one, 1e-11);
       EXPECT_EQ(many.totals.nnz, one.totals.nnz);
     }
-    const auto piece = [&](int num_ranks, int64_t ep_size, int64_t first, int64_t end,
-                           const Trained* from) {
-      RunOptions options;
-      options.first_step = first;
-      options.end_step = end;
-      options.from = from;
-      return train(num_ranks, ep_size, config, options);
-    };
+    const auto piece = [&](auto... arguments) { return train_piece(config, arguments...); };
     const Trained a = piece(4, 2, 0, 4, nullptr);
     EXPECT_GT(a.totals.nnz, config.budget.density.of(708));
     const Trained b = piece(2, 1, 4, 9, &a);

@@ -188,6 +188,23 @@ inline Trained train(int num_ranks, int64_t ep_size, const SparsifierConfig& con
   return result;
 }
 
+/// Steps [first_step, end_step), from the start or from where another run ended.
+inline Trained train_piece(const SparsifierConfig& config, int num_ranks, int64_t ep_size,
+                           int64_t first_step, int64_t end_step, const Trained* from) {
+  RunOptions options;
+  options.first_step = first_step;
+  options.end_step = end_step;
+  options.from = from;
+  return train(num_ranks, ep_size, config, options);
+}
+
+inline void expect_same_bits(const Trained& a, const Trained& b) {
+  EXPECT_EQ(a.masks, b.masks);
+  for (const auto& [key, weight] : a.weights) {
+    EXPECT_TRUE(same_bits(weight, b.weights.at(key))) << to_string(key);
+  }
+}
+
 inline void expect_close(const Trained& a, const Trained& b, double tolerance) {
   EXPECT_EQ(a.masks, b.masks);
   ASSERT_EQ(a.weights.size(), b.weights.size());

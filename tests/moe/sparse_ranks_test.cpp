@@ -186,14 +186,7 @@ TEST(SparseRanks, Checkpoint) {
     config.schedule.stagger = true;
     config.grad_accum = 3;
     const Trained one = train(1, 1, config);
-    const auto piece = [&](int num_ranks, int64_t ep_size, int64_t first, int64_t end,
-                           const Trained* from) {
-      RunOptions options;
-      options.first_step = first;
-      options.end_step = end;
-      options.from = from;
-      return train(num_ranks, ep_size, config, options);
-    };
+    const auto piece = [&](auto... arguments) { return train_piece(config, arguments...); };
     const Trained a = piece(4, 2, 0, 4, nullptr);
     if (grow == GrowCriterion::kGrad) {
       int64_t num_sums = 0;
@@ -209,10 +202,7 @@ TEST(SparseRanks, Checkpoint) {
     const Trained whole = piece(4, 2, 0, 13, nullptr);
     const Trained half = piece(4, 2, 0, 6, nullptr);
     const Trained rest = piece(4, 2, 6, 13, &half);
-    EXPECT_EQ(whole.masks, rest.masks);
-    for (const auto& [key, weight] : whole.weights) {
-      EXPECT_TRUE(same_bits(weight, rest.weights.at(key))) << to_string(key);
-    }
+    expect_same_bits(whole, rest);
   }
 }
 

@@ -42,6 +42,7 @@ namespace {
 
 using testing::config_error;
 using testing::normal;
+using testing::train_step;
 using testing::TwoWeights;
 using testing::unit_of;
 using torch::optim::Optimizer;
@@ -93,16 +94,6 @@ void expect_zero_outside(const Sparsifier& sparsifier) {
     const at::Tensor outside = unit.weight().masked_select(mask_of(sparsifier, unit).logical_not());
     ASSERT_EQ(outside.abs().sum().item<double>(), 0) << unit.name;
   }
-}
-
-void train_step(const TwoWeights& model, Sparsifier& sparsifier, Optimizer& optimizer,
-                int64_t step) {
-  sparsifier.begin_step(step);
-  optimizer.zero_grad();
-  model.backward(step);
-  sparsifier.end_backward(step);
-  optimizer.step();
-  sparsifier.end_step(step);
 }
 
 /// Momentum first, then second moments.
