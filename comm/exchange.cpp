@@ -23,7 +23,7 @@ void check_rows(Collective& collective, const std::vector<int64_t>& rows, Code c
 
 // Bytes of a row; refuses what is no row.
 int64_t check_row(Collective& collective, const RowType& row) {
-  const bool is_dtype = row.dtype <= kernels::DType::kInt64;
+  const bool is_dtype = row.dtype <= kernels::kLastDType;
   collective.refuse_unless(is_dtype, Code::kDType, static_cast<int64_t>(row.dtype));
   if (!is_dtype) return 0;
   const int64_t element_bytes = kernels::dtype_bytes(row.dtype);

@@ -60,7 +60,7 @@ std::string filled(std::string text, const Verdict& verdict) {
 
 std::string dtype_text(uint8_t dtype) {
   const uint8_t number = dtype & 0x0Fu;
-  if (number > static_cast<uint8_t>(kernels::DType::kInt64)) return to_text(int{number});
+  if (number > static_cast<uint8_t>(kernels::kLastDType)) return to_text(int{number});
   return kernels::dtype_name(static_cast<kernels::DType>(number));
 }
 

@@ -31,7 +31,7 @@ void count_active_blocks(const uint64_t* is_active, int64_t num_positions, int64
 /// Weight and gradient [num_positions]; master [active] the weight in the type of states, or null:
 /// then the weight itself has it. With a master the weight is written from it, rounded.
 struct StepWeights {
-  DType dtype = DType::kFloat32;  ///< float32, float64 or bfloat16
+  DType dtype = DType::kFloat32;  ///< any type of dispatch_dtype
   void* weight = nullptr;
   const void* grad = nullptr;
   void* master = nullptr;

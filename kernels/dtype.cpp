@@ -16,6 +16,8 @@ const char* dtype_name(DType dtype) {
       return "int32";
     case DType::kInt64:
       return "int64";
+    case DType::kFloat16:
+      return "fp16";
   }
   return "unknown";
 }
@@ -34,9 +36,11 @@ int64_t dtype_bytes(DType dtype) {
       return 4;
     case DType::kInt64:
       return 8;
+    case DType::kFloat16:
+      return 2;
   }
   throw ConfigError(ErrorDetail{"dtype_bytes", "dtype", to_text(static_cast<int>(dtype)),
-                                "is no element type; choose 0 to 5"});
+                                "is no element type; choose 0 to 6"});
 }
 
 }  // namespace perseid::kernels

@@ -5,9 +5,9 @@
 #include "kernels/dtype.h"
 #include "kernels/simd.h"
 
-// Loops over bfloat16 vectorise badly when they hold more than a few operands, as each lane changes
-// its width. So such a loop works on float32 tiles in the first-level cache, and these functions
-// convert at its edges; for float and double they do nothing. Private to this folder.
+// Loops over types of 16 bits vectorise badly when they hold more than a few operands, as each lane
+// changes its width. So such a loop works on float32 tiles in the first-level cache, and these
+// functions convert at its edges; for float and double they do nothing. Private to this folder.
 
 namespace perseid::kernels {
 
@@ -21,8 +21,9 @@ inline constexpr bool kIsConverted = !std::is_same_v<T, Accumulate<T>>;
 /// Room for one tile of a row of T.
 template <typename T>
 struct Tile {};
-template <>
-struct Tile<BFloat16> {
+template <typename T>
+requires kIsConverted<T>
+struct Tile<T> {
   alignas(64) float values[kTileMax];
 };
 
@@ -31,9 +32,11 @@ template <typename T>
 PERSEID_INLINE const T* read_tile(const T* source, int64_t, Tile<T>&) {
   return source;
 }
-PERSEID_INLINE const float* read_tile(const BFloat16* source, int64_t count, Tile<BFloat16>& tile) {
+template <typename T>
+requires kIsConverted<T> PERSEID_INLINE const float* read_tile(const T* source, int64_t count,
+                                                               Tile<T>& tile) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) tile.values[i] = to_float(source[i]);
+  for (int64_t i = 0; i < count; ++i) tile.values[i] = load(source + i);
   return tile.values;
 }
 
@@ -42,13 +45,16 @@ template <typename T>
 PERSEID_INLINE T* begin_tile(T* target, Tile<T>&) {
   return target;
 }
-PERSEID_INLINE float* begin_tile(BFloat16*, Tile<BFloat16>& tile) { return tile.values; }
+template <typename T>
+requires kIsConverted<T> PERSEID_INLINE float* begin_tile(T*, Tile<T>& tile) { return tile.values; }
 
 template <typename T>
 PERSEID_INLINE void write_tile(T*, int64_t, const Tile<T>&) {}
-PERSEID_INLINE void write_tile(BFloat16* target, int64_t count, const Tile<BFloat16>& tile) {
+template <typename T>
+requires kIsConverted<T> PERSEID_INLINE void write_tile(T* target, int64_t count,
+                                                        const Tile<T>& tile) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) target[i] = to_bfloat16(tile.values[i]);
+  for (int64_t i = 0; i < count; ++i) store(target + i, tile.values[i]);
 }
 
 /// Asks for the cache lines of values that are needed soon; addresses past the end do no harm.

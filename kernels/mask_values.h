@@ -10,7 +10,7 @@
 namespace perseid::kernels {
 
 /// values[p] = 0 where p is not set, NaN or not. Its time does not depend on the pattern.
-/// @param values  [count] float32, float64 or bfloat16
+/// @param values  [count] any type of dispatch_dtype
 void zero_inactive(const uint64_t* is_active, int64_t count, DType dtype, void* values,
                    Stream stream = {});
 void zero_inactive_reference(const uint64_t* is_active, int64_t count, DType dtype, void* values);

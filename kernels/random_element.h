@@ -15,14 +15,15 @@ PERSEID_INLINE void store_once(float* p, double x) { *p = static_cast<float>(x);
 
 /// Rounding to float first may land on a tie that the double was not. Round to odd instead: then
 /// the second rounding sees whether anything was cut off.
-PERSEID_INLINE void store_once(BFloat16* p, double x) {
+template <typename T>
+PERSEID_INLINE void store_once(T* p, double x) {
   float nearest = static_cast<float>(x);
   if (static_cast<double>(nearest) != x) {
     uint32_t bits = std::bit_cast<uint32_t>(nearest);
     if (std::abs(static_cast<double>(nearest)) > std::abs(x)) --bits;  // now cut off towards 0
     nearest = std::bit_cast<float>(bits | 1u);
   }
-  *p = to_bfloat16(nearest);
+  store(p, nearest);
 }
 
 struct UniformRange {

@@ -27,15 +27,16 @@ void check(const void* delta, const void* x, const uint64_t* is_sampled, int64_t
   require_buffer(kSampledProduct, "x", x, N * D);
 }
 
-PERSEID_INLINE float dot_of(const BFloat16* a, const BFloat16* b, int64_t count) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < count; ++d) sum += to_float(a[d]) * to_float(b[d]);
-  return sum;
-}
 template <typename T>
 PERSEID_INLINE T dot_of(const T* a, const T* b, int64_t count) {
   return dot(a, b, count);
+}
+template <typename T>
+requires kIsConverted<T> PERSEID_INLINE float dot_of(const T* a, const T* b, int64_t count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t d = 0; d < count; ++d) sum += load(a + d) * load(b + d);
+  return sum;
 }
 
 /// @param next  of the values, where row `begin` starts

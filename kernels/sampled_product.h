@@ -12,7 +12,7 @@ namespace perseid::kernels {
 
 /// values[i] += sum over d of delta[m, d] x[n, d] for the i-th element (m, n) of the set, counted
 /// row by row. Sums are formed in the type of the values. Same bits for any thread count.
-/// @param delta       [M, D] float32, bfloat16 or float64
+/// @param delta       [M, D] float32, float64, bfloat16 or float16
 /// @param x           [N, D] of the same type
 /// @param is_sampled  [M * N] bits, as words; bits behind the last element are not read
 /// @param values      [elements of the set] float64 for float64, else float32; must not overlap

@@ -22,9 +22,9 @@ SplitParameters split_parameters(const torch::nn::Module& module);
 
 /// Collective. Sums gradients in place: dense ones over groups.world, expert ones over
 /// groups.expert_replicas. A parameter without a gradient counts as zero and gets a defined one, so
-/// ranks without tokens take part. Sums are formed in rank order, bfloat16 in float32 and rounded
-/// once: the same bits on every rank. Throws ConfigError on every rank if one has a gradient that
-/// is not a dense CPU tensor of a supported type.
+/// ranks without tokens take part. Sums are formed in rank order, types of 16 bits in float32 and
+/// rounded once: the same bits on every rank. Throws ConfigError on every rank if one has a
+/// gradient that is not a dense CPU tensor of a supported type.
 void sum_gradients(const torch::nn::Module& module, const ParallelGroups& groups);
 
 /// Collective, after sum_gradients. Scales all gradients by min(1, max_norm / (norm + 1e-6)) where

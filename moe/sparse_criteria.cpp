@@ -35,10 +35,7 @@ void for_each_place(const PackedMask& mask, Body&& body) {
 at::ScalarType listed_type(const at::Tensor& values) {
   return values.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
-bool has_kernel(const at::Tensor& values) {
-  const at::ScalarType type = values.scalar_type();
-  return values.is_cpu() && (type == at::kFloat || type == at::kDouble || type == at::kBFloat16);
-}
+bool has_kernel(const at::Tensor& values) { return values.is_cpu() && has_dtype(values); }
 /// On the host, of a type that kernels know.
 at::Tensor host_values(const at::Tensor& values) {
   const at::Tensor here = values.detach().to(at::kCPU).contiguous();

@@ -45,7 +45,7 @@ struct SparseExport {
   int64_t bytes() const;  ///< of all four
 };
 
-/// @param weight  [out, in] float32, float64 or bfloat16
+/// @param weight  [out, in] float32, float64, bfloat16 or float16
 /// @param mask    of the layout's atoms
 /// Throws ConfigError if rows differ otherwise than kCondensed allows, groups differ (kGroups,
 /// whose layout is N:M), or `in` is too large for the columns.

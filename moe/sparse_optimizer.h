@@ -26,7 +26,7 @@ namespace perseid {
 struct ActiveStates {
   PackedMask positions;
   std::vector<int64_t> block_starts;  ///< for kernels::ActiveEntries
-  at::Tensor master;                  ///< the weight before rounding; of bfloat16 weights
+  at::Tensor master;                  ///< the weight before rounding; of weights of 16 bits
   at::Tensor momentum;
   at::Tensor second_moment;
   at::Tensor max_second_moment;  ///< AMSGrad
@@ -45,8 +45,8 @@ struct StateChange {
 };
 
 /// What the states of an optimizer with compressed states have in common; a Sparsifier calls it.
-/// Weights are dense tensors on the host, contiguous, float32, float64 or bfloat16; entries outside
-/// the mask are never read or written. bfloat16 weights get a float32 master copy, so that with
+/// Weights are dense tensors on the host, contiguous, of any type of dtype_of; entries outside
+/// the mask are never read or written. weights of 16 bits get a float32 master copy, so that with
 /// Adam an active weight has 12 bytes of states and an inactive one a bit.
 class CompressedStates {
  public:

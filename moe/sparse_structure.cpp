@@ -48,9 +48,7 @@ at::Tensor expanded(const PackedMask& positions) {
 
 /// Whether kernels change these values in place.
 bool has_mask_kernel(const at::Tensor& values) {
-  const at::ScalarType type = values.scalar_type();
-  const bool is_known = type == at::kFloat || type == at::kDouble || type == at::kBFloat16;
-  return values.is_cpu() && values.is_contiguous() && is_known;
+  return values.is_cpu() && values.is_contiguous() && has_dtype(values);
 }
 
 }  // namespace

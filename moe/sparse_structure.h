@@ -72,7 +72,7 @@ PackedMask random_mask(const AtomLayout& layout, int64_t nnz, kernels::RandomKey
 
 /// Root mean square of the positions of each atom, padding left out: the order of the Frobenius
 /// norm, fair to atoms at a ragged edge. Of atoms of one position the absolute value.
-/// @param values  [out, in] float32, float64 or bfloat16
+/// @param values  [out, in] float32, float64, bfloat16 or float16
 /// @return [rows, cols] float32, contiguous, on the host
 at::Tensor atom_scores(const AtomLayout& layout, const at::Tensor& values);
 

@@ -10,12 +10,19 @@ kernels::DType dtype_of(const at::Tensor& tensor, const char* operation) {
       return kernels::DType::kFloat32;
     case at::kBFloat16:
       return kernels::DType::kBFloat16;
+    case at::kHalf:
+      return kernels::DType::kFloat16;
     case at::kDouble:
       return kernels::DType::kFloat64;
     default:
       throw ConfigError({operation, "dtype", c10::toString(tensor.scalar_type()),
-                         "is not supported; choose bf16, fp32 or fp64"});
+                         "is not supported; choose bf16, fp16, fp32 or fp64"});
   }
+}
+
+bool has_dtype(const at::Tensor& tensor) {
+  const at::ScalarType type = tensor.scalar_type();
+  return type == at::kFloat || type == at::kDouble || at::isReducedFloatingType(type);
 }
 
 at::ScalarType weight_type(const at::Tensor& activations) {

@@ -10,6 +10,9 @@ namespace perseid {
 /// Element type of a floating tensor; throws ConfigError for others, naming `operation`.
 kernels::DType dtype_of(const at::Tensor& tensor, const char* operation);
 
+/// Whether dtype_of takes it.
+bool has_dtype(const at::Tensor& tensor);
+
 /// Type of routing weights that go with activations of this type: float64 for float64, else
 /// float32.
 at::ScalarType weight_type(const at::Tensor& activations);

@@ -93,7 +93,7 @@ TEST(Activation, GoldenValues) {
 
 template <typename T>
 class ActivationTyped : public ::testing::Test {};
-using Types = ::testing::Types<float, BFloat16, double>;
+using Types = ::testing::Types<float, BFloat16, Float16, double>;
 TYPED_TEST_SUITE(ActivationTyped, Types);
 
 TYPED_TEST(ActivationTyped, EqualsReference) {

@@ -9,7 +9,7 @@ namespace {
 
 template <typename T>
 class ActiveStepTyped : public ::testing::Test {};
-using Types = ::testing::Types<float, double, BFloat16>;
+using Types = ::testing::Types<float, double, BFloat16, Float16>;
 TYPED_TEST_SUITE(ActiveStepTyped, Types);
 
 /// A weight, its gradient and states; inactive entries are NaN.
@@ -166,7 +166,7 @@ TEST(ActiveStep, Refused) {
   EXPECT_EQ(config_error([&] {
               sgd_active_step(entries, {}, {DType::kInt32, &value, &value, nullptr}, nullptr);
             }),
-            "[sgd_active_step] dtype=int32 is not supported; choose bf16, fp32 or fp64");
+            "[sgd_active_step] dtype=int32 is not supported; choose bf16, fp16, fp32 or fp64");
   EXPECT_NE(config_error([&] {
               sgd_active_step(entries, {}, {DType::kFloat32, &value, &value, nullptr}, nullptr,
                               {Device::kCuda});

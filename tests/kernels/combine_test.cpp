@@ -78,7 +78,7 @@ struct Case {
 
 template <typename T>
 class CombineTyped : public ::testing::Test {};
-using Types = ::testing::Types<float, BFloat16, double>;
+using Types = ::testing::Types<float, BFloat16, Float16, double>;
 TYPED_TEST_SUITE(CombineTyped, Types);
 
 TYPED_TEST(CombineTyped, ClosedForm) {

@@ -68,7 +68,7 @@ class DeviceActivation : public DeviceTest {
     return {grad_pre.read(), is_in_place ? grad.read() : weighted.read(), grad_weights.read()};
   }
 };
-using Types = ::testing::Types<float, BFloat16, double>;
+using Types = ::testing::Types<float, BFloat16, Float16, double>;
 TYPED_TEST_SUITE(DeviceActivation, Types);
 
 TYPED_TEST(DeviceActivation, EqualsTwin) {

@@ -103,7 +103,7 @@ class DeviceCombine : public DeviceTest {
     }
   }
 };
-using Types = ::testing::Types<float, BFloat16, double>;
+using Types = ::testing::Types<float, BFloat16, Float16, double>;
 TYPED_TEST_SUITE(DeviceCombine, Types);
 
 TYPED_TEST(DeviceCombine, EqualsTwin) {

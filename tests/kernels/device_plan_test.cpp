@@ -63,7 +63,7 @@ TEST_F(DevicePlan, ExpertEnds) {
 
 template <typename T>
 class DeviceSumByExpert : public DeviceTest {};
-using Types = ::testing::Types<float, BFloat16, double>;
+using Types = ::testing::Types<float, BFloat16, Float16, double>;
 TYPED_TEST_SUITE(DeviceSumByExpert, Types);
 
 TYPED_TEST(DeviceSumByExpert, EqualsTwin) {

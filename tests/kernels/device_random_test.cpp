@@ -48,6 +48,7 @@ TEST_F(DeviceRandom, Uniform) {
       compare_uniform<float>(count, -high / 3, high);
       compare_uniform<double>(count, -high / 3, high);
       compare_uniform<BFloat16>(count, -high / 3, high);
+      compare_uniform<Float16>(count, -high / 3, high);
     }
   }
 }
@@ -58,6 +59,7 @@ TEST_F(DeviceRandom, Normal) {
       compare_normal<float>(count, first);
       compare_normal<double>(count, first);
       compare_normal<BFloat16>(count, first);
+      compare_normal<Float16>(count, first);
     }
   }
   const std::vector<double> whole = normal<double>(100, 0), part = normal<double>(60, 37);

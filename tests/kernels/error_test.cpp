@@ -71,8 +71,9 @@ TEST(DType, NamesAndSizes) {
   EXPECT_STREQ(dtype_name(DType::kFloat64), "fp64");
   EXPECT_STREQ(dtype_name(DType::kInt32), "int32");
   EXPECT_STREQ(dtype_name(DType::kInt64), "int64");
-  const std::vector<int64_t> bytes = {1, 4, 2, 8, 4, 8};
-  for (int i = 0; i < 6; ++i) EXPECT_EQ(dtype_bytes(static_cast<DType>(i)), bytes[i]);
+  EXPECT_STREQ(dtype_name(DType::kFloat16), "fp16");
+  const std::vector<int64_t> bytes = {1, 4, 2, 8, 4, 8, 2};
+  for (int i = 0; i < 7; ++i) EXPECT_EQ(dtype_bytes(static_cast<DType>(i)), bytes[i]);
   EXPECT_NE(config_error([] { dtype_bytes(static_cast<DType>(9)); }).find("dtype=9"),
             std::string::npos);
 }
@@ -87,9 +88,47 @@ TEST(DType, BFloat16RoundsToNearestEven) {
   EXPECT_TRUE(std::isnan(to_float(to_bfloat16(std::bit_cast<float>(0x7F800001u)))));
 }
 
+TEST(DType, Float16IsBinary16) {
+  const auto value = [](uint16_t bits) { return to_float(Float16{bits}); };
+  for (uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const auto half = static_cast<uint16_t>(bits);
+    const int exponent = half >> 10 & 31, mantissa = half & 0x3FF;
+    const double sign = half >= 0x8000 ? -1.0 : 1.0;
+    if (exponent == 31 && mantissa != 0) {
+      EXPECT_TRUE(std::isnan(value(half))) << bits;
+      EXPECT_TRUE(std::isnan(value(to_float16(value(half)).bits))) << bits;
+      continue;
+    }
+    const double expected = exponent == 31  ? std::numeric_limits<double>::infinity()
+                            : exponent == 0 ? std::ldexp(mantissa, -24)
+                                            : std::ldexp(1024 + mantissa, exponent - 25);
+    EXPECT_EQ(value(half), sign * expected) << bits;
+    EXPECT_EQ(to_float16(value(half)).bits, half);
+  }
+}
+
+TEST(DType, Float16RoundsToNearestEven) {
+  // From each value to the next: around the middle, which goes to the even one.
+  for (uint16_t low = 0; low < 0x7C00; ++low) {
+    const auto high = static_cast<uint16_t>(low + 1);
+    const float below = to_float(Float16{low});
+    const float above = high == 0x7C00 ? 65536.0f : to_float(Float16{high});
+    const float middle = below + (above - below) / 2;
+    for (const float sign : {1.0f, -1.0f}) {
+      const uint16_t bit = sign < 0 ? 0x8000 : 0;
+      ASSERT_EQ(to_float16(sign * middle).bits, bit | (low % 2 == 0 ? low : high)) << low;
+      ASSERT_EQ(to_float16(sign * std::nextafter(middle, 0.0f)).bits, bit | low) << low;
+      ASSERT_EQ(to_float16(sign * std::nextafter(middle, 1e9f)).bits, bit | high) << low;
+    }
+  }
+  EXPECT_EQ(to_float16(std::numeric_limits<float>::denorm_min()).bits, 0);
+  EXPECT_EQ(to_float16(std::numeric_limits<float>::max()).bits, 0x7C00);
+  EXPECT_TRUE(std::isnan(to_float(to_float16(std::bit_cast<float>(0xFF800001u)))));
+}
+
 TEST(Refusals, DTypesWithoutArithmetic) {
   EXPECT_EQ(config_error([] { combine(nullptr, {}, nullptr, 1, nullptr, 0, 0, DType::kInt32); }),
-            "[combine] dtype=int32 is not supported; choose bf16, fp32 or fp64");
+            "[combine] dtype=int32 is not supported; choose bf16, fp16, fp32 or fp64");
   EXPECT_EQ(config_error([] { select_k(nullptr, 0, 0, DType::kBFloat16, nullptr); }),
             "[select_k] dtype=bf16 is not supported; choose fp32 or fp64");
 }

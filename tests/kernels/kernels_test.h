@@ -58,10 +58,18 @@ struct DTypeOf<BFloat16> {
   static constexpr DType value = DType::kBFloat16;
 };
 
-/// Relative error of float32 arithmetic with one rounding to T: bfloat16 may end one step apart.
+template <>
+struct DTypeOf<Float16> {
+  static constexpr DType value = DType::kFloat16;
+};
+
+/// Relative error of float32 arithmetic with one rounding to T: types of 16 bits may end one step
+/// apart.
 template <typename T>
 constexpr double tolerance() {
-  return std::is_same_v<T, double> ? 1e-13 : std::is_same_v<T, float> ? 2e-6 : 0x1p-7;
+  if (std::is_same_v<T, double>) return 1e-13;
+  if (std::is_same_v<T, float>) return 2e-6;
+  return std::is_same_v<T, BFloat16> ? 0x1p-7 : 0x1p-10;
 }
 
 template <typename T>

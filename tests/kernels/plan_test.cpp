@@ -35,7 +35,7 @@ TEST(Plan, ExpertEnds) {
 
 template <typename T>
 class SumByExpert : public ::testing::Test {};
-using Types = ::testing::Types<float, BFloat16, double>;
+using Types = ::testing::Types<float, BFloat16, Float16, double>;
 TYPED_TEST_SUITE(SumByExpert, Types);
 
 TYPED_TEST(SumByExpert, EqualsReference) {

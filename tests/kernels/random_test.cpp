@@ -71,30 +71,39 @@ TEST(Random, FillIsTheDefinition) {
   }
 }
 
-/// The bfloat16 next to x among its neighbours, ties to even bits: one rounding, by search.
-uint16_t nearest_bfloat16(double x) {
-  const uint16_t start = to_bfloat16(static_cast<float>(x)).bits;
+/// The T next to x among its neighbours, ties to even bits: one rounding, by search.
+template <typename T>
+uint16_t nearest(double x) {
+  const uint16_t start = make<T>(x).bits;
   uint16_t best = start;
   for (int step = -1; step <= 1; ++step) {
     const auto bits = static_cast<uint16_t>(start + step);
-    const double distance = std::abs(to_float(BFloat16{bits}) - x);
-    const double best_distance = std::abs(to_float(BFloat16{best}) - x);
+    const double distance = std::abs(to_float(T{bits}) - x);
+    const double best_distance = std::abs(to_float(T{best}) - x);
     if (distance < best_distance || (distance == best_distance && bits % 2 == 0)) best = bits;
   }
   return best;
 }
 
-TEST(Random, FillRoundsToBFloat16Once) {
+/// @param step  from 1 to the next T
+template <typename T>
+void expect_one_rounding(double step) {
   // low == high puts one chosen value into the output: just above a tie, lost if rounded to float.
-  for (const double x : {1.0 + 0x1p-8 + 0x1p-40, 1.0 + 0x3p-8 - 0x1p-40, -1.0 - 0x1p-8 - 0x1p-40,
-                         -1.0 - 0x3p-8 + 0x1p-40, 1.0 + 0x1p-8, 0.1, -0.3, 0.0}) {
-    EXPECT_EQ(filled<BFloat16>(1, x, x)[0].bits, nearest_bfloat16(x)) << x;
+  const double half = step / 2, little = 0x1p-40;
+  for (const double x : {1 + half + little, 1 + 3 * half - little, -1 - half - little,
+                         -1 - 3 * half + little, 1 + half, 0.1, -0.3, 0.0, 1e-6}) {
+    EXPECT_EQ(filled<T>(1, x, x)[0].bits, nearest<T>(x)) << x;
   }
   const RandomKey key = random_key(9).with(4);
-  const auto values = filled<BFloat16>(20001, -2.0, 3.0);
+  const auto values = filled<T>(20001, -2.0, 3.0);
   for (size_t i = 0; i < values.size(); ++i) {
-    ASSERT_EQ(values[i].bits, nearest_bfloat16(-2.0 + 5.0 * random_uniform(key, i)));
+    ASSERT_EQ(values[i].bits, nearest<T>(-2.0 + 5.0 * random_uniform(key, i)));
   }
+}
+
+TEST(Random, FillRoundsOnce) {
+  expect_one_rounding<BFloat16>(0x1p-7);
+  expect_one_rounding<Float16>(0x1p-10);
 }
 
 TEST(Random, WrongArguments) {

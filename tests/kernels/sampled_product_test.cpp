@@ -9,7 +9,7 @@ namespace {
 
 template <typename T>
 class SampledProductTyped : public ::testing::Test {};
-using Types = ::testing::Types<float, double, BFloat16>;
+using Types = ::testing::Types<float, double, BFloat16, Float16>;
 TYPED_TEST_SUITE(SampledProductTyped, Types);
 
 TYPED_TEST(SampledProductTyped, EqualsReference) {

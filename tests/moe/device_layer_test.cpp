@@ -8,7 +8,7 @@
 //   Unread        with OnNonFinite::kCount the counts stay on the device until read()
 //   NonFinite     a NaN is found at the end of the forward
 //   Backends      at::_grouped_mm against the loop, with experts without rows first, amid and last
-//   BFloat16      the layer in bfloat16, within its rounding
+//   NarrowTypes   the layer in bfloat16 and float16, within their rounding
 //   Sparsity      experts of few hidden values are refused
 #include <gtest/gtest.h>
 
@@ -241,10 +241,13 @@ TEST_F(DeviceLayer, Backends) {
   }
 }
 
-TEST_F(DeviceLayer, BFloat16) {
+TEST_F(DeviceLayer, NarrowTypes) {
   LayerCase c;
-  compare([&] { return make_layer(c, make_parallel_groups(comm::self_group()), at::kBFloat16); },
-          37, {}, 0.03, at::kBFloat16);
+  for (const auto& [dtype, tolerance] : {std::pair{at::kBFloat16, 0.03}, {at::kHalf, 0.004}}) {
+    compare(
+        [&, type = dtype] { return make_layer(c, make_parallel_groups(comm::self_group()), type); },
+        37, {}, tolerance, dtype);
+  }
 }
 
 }  // namespace

@@ -202,26 +202,30 @@ TEST(Gradients, TypesAndLayouts) {
     torch::nn::Module model;
     const at::Tensor wide = model.register_parameter("wide", at::zeros({2}, at::kDouble));
     const at::Tensor brief = model.register_parameter("brief", at::zeros({2}, at::kBFloat16));
+    const at::Tensor half = model.register_parameter("half", at::zeros({2}, at::kHalf));
     const at::Tensor single = model.register_parameter("single", at::zeros({2, 3}));
     const at::Tensor empty = model.register_parameter("empty", at::zeros({0}));
     const double tiny = std::ldexp(1.0, -40);
     wide.mutable_grad() = at::full({2}, world.rank() == 0 ? 1.0 : tiny, at::kDouble);
-    // Three times 2^-9 reaches the next bfloat16 after 1; each alone is lost.
+    // Three times 2^-9 reaches the next bfloat16 after 1, and 2^-12 the next float16; each alone is
+    // lost.
     brief.mutable_grad() =
         at::full({2}, world.rank() == 0 ? 1.0 : std::ldexp(1.0, -9), at::kBFloat16);
+    half.mutable_grad() = at::full({2}, world.rank() == 0 ? 1.0 : std::ldexp(1.0, -12), at::kHalf);
     single.mutable_grad() = at::arange(6, at::kFloat).view({3, 2}).t().mul(world.rank() + 1);
     EXPECT_FALSE(single.grad().is_contiguous());
     sum_gradients(model, make_parallel_groups(world));
     EXPECT_TRUE(same_bits(wide.grad(), at::full({2}, 1 + 3 * tiny, at::kDouble)));
     EXPECT_TRUE(same_bits(brief.grad(), at::full({2}, 1 + std::ldexp(1.0, -7), at::kBFloat16)));
+    EXPECT_TRUE(same_bits(half.grad(), at::full({2}, 1 + std::ldexp(1.0, -10), at::kHalf)));
     EXPECT_TRUE(same_bits(single.grad(), at::arange(6, at::kFloat).view({3, 2}).t().mul(10)));
   });
 }
 
 TEST(Gradients, UnsupportedTypeIsNamed) {
   torch::nn::Module model;
-  const at::Tensor half = model.register_parameter("half", at::zeros({2}, at::kHalf));
-  half.mutable_grad() = at::zeros({2}, at::kHalf);
+  const at::Tensor odd = model.register_parameter("odd", at::zeros({2}, at::kComplexFloat));
+  odd.mutable_grad() = at::zeros({2}, at::kComplexFloat);
   for (const char* operation : {"sum_gradients", "clip_grad_norm"}) {
     try {
       if (operation[0] == 's') {
@@ -232,7 +236,7 @@ TEST(Gradients, UnsupportedTypeIsNamed) {
       ADD_FAILURE() << "no exception from " << operation;
     } catch (const ConfigError& error) {
       EXPECT_EQ(error.detail().operation, operation);
-      EXPECT_EQ(error.detail().value, "Half");
+      EXPECT_EQ(error.detail().value, "ComplexFloat");
     }
   }
 }
@@ -270,7 +274,7 @@ TEST(Gradients, ClipIsThatOfOneProcess) {
 
 TEST(Gradients, NormOfLargeTensors) {
   // More than one block, with a rest; a known sum of squares: n values of 1/4.
-  for (const at::ScalarType type : {at::kFloat, at::kDouble, at::kBFloat16}) {
+  for (const at::ScalarType type : {at::kFloat, at::kDouble, at::kBFloat16, at::kHalf}) {
     torch::nn::Module model;
     const int64_t count = (1 << 16) + 13;
     const at::Tensor parameter = model.register_parameter("p", at::zeros({count}, type));

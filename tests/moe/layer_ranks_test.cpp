@@ -208,7 +208,7 @@ class FixedGate : public gates::Gate {
 
 TEST(LayerRanks, SameBits) {
   at::set_num_threads(1);
-  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kDouble}) {
+  for (const at::ScalarType dtype : {at::kFloat, at::kBFloat16, at::kHalf, at::kDouble}) {
     std::map<int, std::map<int64_t, at::Tensor>> gradients;  // by P, by expert
     std::map<int, at::Tensor> outputs;
     for (const int num_ranks : {1, 2, 4}) {

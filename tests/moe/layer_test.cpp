@@ -1,5 +1,6 @@
 // One process.
 //   EqualsDense       outputs and all gradients of the sparse layer = a sum over all experts, 1e-12
+//   NarrowTypes       bfloat16 and float16 are the float64 layer up to their rounding
 //   Gradcheck         finite differences of outputs and losses, 1e-7
 //   IdleExperts       experts without rows: zero, defined gradients
 //   Shared            a shared expert is added to every token's output
@@ -94,6 +95,40 @@ TEST(Layer, EqualsDense) {
           << "parameter " << i;
     }
     if (HasFailure()) return;
+  }
+}
+
+TEST(Layer, NarrowTypes) {
+  for (const auto& [dtype, tolerance] : {std::pair{at::kBFloat16, 0x1p-6}, {at::kHalf, 0x1p-9}}) {
+    for (const ExpertKind kind :
+         {ExpertKind::kPlain, ExpertKind::kGatedBias, ExpertKind::kModule}) {
+      LayerCase c{5, 2, 37, 1, kind, {}};
+      SCOPED_TRACE(name_of(c) + " " + c10::toString(dtype));
+      const auto narrow = make_layer(c, make_parallel_groups(comm::self_group()), dtype);
+      const auto wide = make_layer(c, make_parallel_groups(comm::self_group()));
+      for (size_t i = 0; i < wide->parameters().size(); ++i) {  // the rounded parameters
+        wide->parameters()[i].detach().copy_(narrow->parameters()[i].detach());
+      }
+      const at::Tensor tokens = case_tokens(37, dtype);
+      const auto run = [&](MoELayer& layer, const at::Tensor& x) {
+        return gradients_of(layer, x,
+                            [&](const at::Tensor& y) { return layer.forward(y).outputs; });
+      };
+      const Gradients actual = run(*narrow, tokens);
+      const Gradients expected = run(*wide, tokens.to(at::kDouble));
+      const auto expect_close = [&](const at::Tensor& a, const at::Tensor& e, const char* what) {
+        EXPECT_EQ(a.scalar_type() == at::kFloat, std::string(what) == "gate") << what;
+        EXPECT_LE((a.to(at::kDouble) - e).norm().item<double>(),
+                  tolerance * e.norm().item<double>())
+            << what;
+      };
+      expect_close(actual.outputs[0], expected.outputs[0], "output");
+      expect_close(actual.tokens, expected.tokens, "tokens");
+      for (size_t i = 0; i < actual.parameters.size(); ++i) {
+        const bool is_gate = narrow->parameters()[i].scalar_type() == at::kFloat;
+        expect_close(actual.parameters[i], expected.parameters[i], is_gate ? "gate" : "expert");
+      }
+    }
   }
 }
 

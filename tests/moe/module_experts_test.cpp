@@ -436,8 +436,8 @@ TEST(ModuleExperts, ForwardErrors) {
             "G >= 1 gates");
   EXPECT_EQ(error(rows, weights.to(at::kFloat), plan),
             "[module_experts] weights.dtype=Float must be Double for rows of Double");
-  EXPECT_EQ(error(rows.to(at::kHalf), weights, plan),
-            "[module_experts] dtype=Half is not supported; choose bf16, fp32 or fp64");
+  EXPECT_EQ(error(rows.to(at::kByte), weights, plan),
+            "[module_experts] dtype=Byte is not supported; choose bf16, fp16, fp32 or fp64");
   EXPECT_EQ(error(rows, weights, plan_of(kFixed, 6, 2)),
             "[module_experts] plan experts=6 differs from the 5 experts of this rank");
 }

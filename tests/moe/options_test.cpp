@@ -164,9 +164,10 @@ TEST(MoEOptions, ExpertInputs) {
         {call(rows[0], weights, plan), name, "rows", "[6]", "must be [N, d_in] with d_in=6"},
         {call(at::zeros({2, 7}, at::kDouble), weights, plan), name, "rows", "[2, 7]", "d_in=6"},
         {call(at::zeros({3, 6}, at::kDouble), weights, plan), name, "rows", "[3, 6]", "num_rows=2"},
-        {call(rows.to(at::kHalf), weights, plan), name, "dtype", "Half",
-         "choose bf16, fp32 or fp64"},
-        {call(rows.to(at::kInt), weights, plan), name, "dtype", "Int", "choose bf16, fp32 or fp64"},
+        {call(rows.to(at::kByte), weights, plan), name, "dtype", "Byte",
+         "choose bf16, fp16, fp32 or fp64"},
+        {call(rows.to(at::kInt), weights, plan), name, "dtype", "Int",
+         "choose bf16, fp16, fp32 or fp64"},
         {call(rows, {}, plan), name, "weights", "undefined", "on the device of the rows"},
         {call(rows, weights[0], plan), name, "weights", "[1]", "must be [R, G] with R=4"},
         {call(rows, weights.to(at::kFloat), plan), name, "weights.dtype", "Float",
@@ -342,9 +343,9 @@ TEST(MoEOptions, Gradients) {
         name + "gradient=Float[2, 3] Sparse on cpu is not a dense CPU tensor";
     expect_one_rank_refused<ConfigError>(with_gradient(at::ones({2, 3}).to_sparse(), max_norm),
                                          sparse, refused + sparse);
-    const std::string half = name + "dtype=Half is not supported";
-    expect_one_rank_refused<ConfigError>(with_gradient(at::ones({2, 3}, at::kHalf), max_norm), half,
-                                         refused + half);
+    const std::string complex = name + "dtype=ComplexFloat is not supported";
+    expect_one_rank_refused<ConfigError>(
+        with_gradient(at::ones({2, 3}, at::kComplexFloat), max_norm), complex, refused + complex);
   }
   expect_one_rank_refused<RanksDisagree>(with_gradient({}, 2), "max_norm=1 from rank 0 differs",
                                          "differs from max_norm=2 from rank 1");

@@ -31,7 +31,7 @@
 #include <set>
 #include <sstream>
 
-#include "moe/coupled_neurons.h"
+#include "moe/compact_experts.h"
 #include "moe/sparse_optimizer.h"
 #include "moe/sparse_presets.h"
 #include "tests/config_error.h"
