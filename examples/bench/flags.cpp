@@ -25,6 +25,8 @@ struct Words {
   std::string dtype = "float32", routing = "balanced", suite;
 };
 
+const std::map<std::string, at::ScalarType> kDTypes = {
+    {"float32", at::kFloat}, {"bfloat16", at::kBFloat16}, {"float16", at::kHalf}};
 const std::map<std::string, Distribution> kDistributions = {{"balanced", Distribution::kBalanced},
                                                             {"random", Distribution::kRandom},
                                                             {"zipf", Distribution::kZipf}};
@@ -49,7 +51,7 @@ void add_width(CLI::App& app, LayerCase& shape) {
 
 void add_dtype(CLI::App& app, Words& words, const std::string& help) {
   app.add_option("--dtype", words.dtype, help)
-      ->check(one_of({"float32", "bfloat16"}))
+      ->check(one_of({"float32", "bfloat16", "float16"}))
       ->capture_default_str();
 }
 
@@ -224,7 +226,7 @@ void require_flags(bool holds, const char* flag, int64_t value, const char* rela
 
 LayerCase finish_shape(const Words& words) {
   LayerCase shape = words.shape;
-  shape.dtype = words.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
+  shape.dtype = kDTypes.at(words.dtype);
   shape.routing = kDistributions.at(words.routing);
   require_flags(shape.top_k <= shape.num_experts, "--moe-router-topk", shape.top_k,
                 "exceeds --num-experts", shape.num_experts);

@@ -56,7 +56,7 @@ void require_equal(const at::Tensor& actual, const at::Tensor& expected, double 
 void check(Entrant& entrant, const GateProblem& problem) {
   const Step sparse = run_layer(*entrant.sparse, problem);
   const Step all = run_layer(*entrant.all, problem);
-  const double tolerance = problem.tokens.scalar_type() == at::kBFloat16 ? 3e-2 : 1e-4;
+  const double tolerance = tolerance_of(problem.tokens.scalar_type());
   require_equal(sparse.out, all.out, tolerance, entrant.gate.name + ".out");
   for (size_t i = 0; i < sparse.grads.size(); ++i) {
     require_equal(sparse.grads[i], all.grads[i], tolerance,

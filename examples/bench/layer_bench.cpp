@@ -76,8 +76,8 @@ Entrants make_entrants(const LayerCase& shape, const LayerBenchOptions& options,
 class Comparison {
  public:
   explicit Comparison(at::ScalarType dtype)
-      : tolerance_(dtype == at::kBFloat16 ? 3e-2 : 1e-4),
-        wide_(dtype == at::kBFloat16 ? at::kFloat : at::kDouble) {}
+      : tolerance_(tolerance_of(dtype)),
+        wide_(at::isReducedFloatingType(dtype) ? at::kFloat : at::kDouble) {}
 
   void require_equal(const Outcome& actual, const Outcome& expected, const std::string& name,
                      const std::vector<std::string>& grad_names) const {

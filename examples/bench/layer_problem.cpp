@@ -93,7 +93,11 @@ const char* name_of(Distribution distribution) {
 }
 
 const char* name_of(at::ScalarType dtype) {
-  return dtype == at::kBFloat16 ? "bfloat16" : "float32";
+  return dtype == at::kBFloat16 ? "bfloat16" : dtype == at::kHalf ? "float16" : "float32";
+}
+
+double tolerance_of(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? 3e-2 : dtype == at::kHalf ? 4e-3 : 1e-4;
 }
 
 at::Tensor draw_routing(const LayerCase& shape, uint64_t seed, uint64_t draw) {

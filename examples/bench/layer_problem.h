@@ -13,7 +13,9 @@ enum class Distribution : uint8_t {
   kZipf       ///< expert e with probability ~ 1 / (e+1), without replacement per token
 };
 const char* name_of(Distribution distribution);
-const char* name_of(at::ScalarType dtype);  ///< float32 or bfloat16
+const char* name_of(at::ScalarType dtype);  ///< float32, bfloat16 or float16
+/// How far two ways to compute in this type may differ, relative to the largest value.
+double tolerance_of(at::ScalarType dtype);
 
 /// One case: sizes as in design.md (T, D, F, E, K), gated experts.
 struct LayerCase {

@@ -52,8 +52,6 @@ at::Tensor random_rows(int64_t rows, const LayerCase& shape, const Place& place)
       .to(shape.dtype);
 }
 
-double tolerance_of(const LayerCase& shape) { return shape.dtype == at::kBFloat16 ? 3e-2 : 1e-4; }
-
 /// Bytes of T and of A rows.
 struct RowBytes {
   explicit RowBytes(const LayerCase& shape)
@@ -178,7 +176,7 @@ std::vector<Work> permute_works(const LayerCase& shape, const Place& place, uint
 
 std::vector<Work> combine_works(const LayerCase& shape, const Place& place, uint64_t seed) {
   const std::shared_ptr<Combine> combine = make_combine(shape, place, seed);
-  check(*combine, tolerance_of(shape));
+  check(*combine, tolerance_of(shape.dtype));
   const RowBytes bytes(shape);
   const double forward = bytes.assignments + bytes.tokens;
   const double backward = bytes.tokens + 2 * bytes.assignments;

@@ -1,6 +1,8 @@
 // Layers on a device against the same layers on the host: outputs, losses, counts, and the
 // gradients of tokens and of every parameter, in float64.
 //   Gates         every gate of the conformance list
+//   Float32       the same in float32, for which routers have kernels of their own
+//   BatchGates    gates that choose for all tokens together
 //   Experts       plain, gated, with biases, linear and modules; one gate and two
 //   ZeroSizes     no token, one token, one expert
 //   Valid         tokens that are not valid
@@ -12,6 +14,9 @@
 //   Sparsity      experts of few hidden values are refused
 #include <gtest/gtest.h>
 
+#include "gates/base_gate.h"
+#include "gates/expert_choice_gate.h"
+#include "gates/sinkhorn_gate.h"
 #include "kernels/error.h"
 #include "moe/grouped_gemm.h"
 #include "moe/grouped_mlp.h"
@@ -120,6 +125,39 @@ TEST_F(DeviceLayer, Gates) {
   for (const ConformingGate& gate : conforming_gates()) {
     SCOPED_TRACE(gate.name);
     compare([&] { return layer_of(gate, 6); }, 37);
+  }
+}
+
+TEST_F(DeviceLayer, Float32) {
+  for (const ConformingGate& gate : conforming_gates()) {
+    SCOPED_TRACE(gate.name);
+    const auto make = [&] {
+      const auto layer = layer_of(gate, 6);
+      layer->to(at::kFloat);
+      return layer;
+    };
+    compare(make, 37, {}, 1e-5, at::kFloat);
+  }
+}
+
+TEST_F(DeviceLayer, BatchGates) {
+  using namespace gates;
+  const std::vector<std::function<std::shared_ptr<Gate>()>> makers = {
+      [] { return random_gate<BaseGate>(BaseGateOptions(kDModel, 6)); },
+      [] { return random_gate<SinkhornGate>(SinkhornGateOptions(kDModel, 6).top_k(2)); },
+      [] { return random_gate<ExpertChoiceGate>(ExpertChoiceGateOptions(kDModel, 6)); }};
+  for (const auto& make_gate : makers) {
+    const auto make = [&] {
+      const ExpertPlacement placement = ExpertPlacement::contiguous(6, 1);
+      // As wide as the tokens, which a BASE layer adds.
+      const auto experts = std::make_shared<GroupedMLP>(
+          mlp_options(ExpertKind::kGated).d_out(kDModel), placement, 0);
+      experts->to(at::kDouble);
+      return std::make_shared<MoELayer>(std::vector{make_gate()}, experts, placement,
+                                        make_parallel_groups(comm::self_group()));
+    };
+    SCOPED_TRACE(make_gate()->name());
+    compare(make, 36);
   }
 }
 
