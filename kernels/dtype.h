@@ -2,6 +2,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels/error.h"
 #include "kernels/simd.h"
@@ -87,6 +88,9 @@ struct AccumulateOf<double> {
 };
 template <typename T>
 using Accumulate = typename AccumulateOf<T>::type;
+/// Is arithmetic done in another type than T?
+template <typename T>
+inline constexpr bool kIsConverted = !std::is_same_v<T, Accumulate<T>>;
 
 PERSEID_INLINE float load(const float* p) { return *p; }
 PERSEID_INLINE double load(const double* p) { return *p; }

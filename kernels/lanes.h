@@ -1,6 +1,5 @@
 #pragma once
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/dtype.h"
 #include "kernels/simd.h"
@@ -14,47 +13,44 @@ namespace perseid::kernels {
 /// Columns of one tile.
 inline constexpr int64_t kTileMax = 256;
 
-/// Does T need tiles, because arithmetic is done in another type?
-template <typename T>
-inline constexpr bool kIsConverted = !std::is_same_v<T, Accumulate<T>>;
-
 /// Room for one tile of a row of T.
-template <typename T>
+template <typename T, bool kNeedsTile = kIsConverted<T>>
 struct Tile {};
 template <typename T>
-requires kIsConverted<T>
-struct Tile<T> {
+struct Tile<T, true> {
   alignas(64) float values[kTileMax];
 };
 
 /// The `count` values at `source` in the type of the arithmetic.
 template <typename T>
-PERSEID_INLINE const T* read_tile(const T* source, int64_t, Tile<T>&) {
-  return source;
-}
-template <typename T>
-requires kIsConverted<T> PERSEID_INLINE const float* read_tile(const T* source, int64_t count,
-                                                               Tile<T>& tile) {
+PERSEID_INLINE const Accumulate<T>* read_tile(const T* source, [[maybe_unused]] int64_t count,
+                                              [[maybe_unused]] Tile<T>& tile) {
+  if constexpr (kIsConverted<T>) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) tile.values[i] = load(source + i);
-  return tile.values;
+    for (int64_t i = 0; i < count; ++i) tile.values[i] = load(source + i);
+    return tile.values;
+  } else {
+    return source;
+  }
 }
 
 /// Where a loop writes what write_tile then moves to `target`.
 template <typename T>
-PERSEID_INLINE T* begin_tile(T* target, Tile<T>&) {
-  return target;
+PERSEID_INLINE Accumulate<T>* begin_tile(T* target, [[maybe_unused]] Tile<T>& tile) {
+  if constexpr (kIsConverted<T>) {
+    return tile.values;
+  } else {
+    return target;
+  }
 }
-template <typename T>
-requires kIsConverted<T> PERSEID_INLINE float* begin_tile(T*, Tile<T>& tile) { return tile.values; }
 
 template <typename T>
-PERSEID_INLINE void write_tile(T*, int64_t, const Tile<T>&) {}
-template <typename T>
-requires kIsConverted<T> PERSEID_INLINE void write_tile(T* target, int64_t count,
-                                                        const Tile<T>& tile) {
+PERSEID_INLINE void write_tile([[maybe_unused]] T* target, [[maybe_unused]] int64_t count,
+                               [[maybe_unused]] const Tile<T>& tile) {
+  if constexpr (kIsConverted<T>) {
 #pragma omp simd
-  for (int64_t i = 0; i < count; ++i) store(target + i, tile.values[i]);
+    for (int64_t i = 0; i < count; ++i) store(target + i, tile.values[i]);
+  }
 }
 
 /// Asks for the cache lines of values that are needed soon; addresses past the end do no harm.

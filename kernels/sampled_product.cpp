@@ -28,15 +28,15 @@ void check(const void* delta, const void* x, const uint64_t* is_sampled, int64_t
 }
 
 template <typename T>
-PERSEID_INLINE T dot_of(const T* a, const T* b, int64_t count) {
-  return dot(a, b, count);
-}
-template <typename T>
-requires kIsConverted<T> PERSEID_INLINE float dot_of(const T* a, const T* b, int64_t count) {
-  float sum = 0;
+PERSEID_INLINE Accumulate<T> dot_of(const T* a, const T* b, int64_t count) {
+  if constexpr (kIsConverted<T>) {
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t d = 0; d < count; ++d) sum += load(a + d) * load(b + d);
-  return sum;
+    for (int64_t d = 0; d < count; ++d) sum += load(a + d) * load(b + d);
+    return sum;
+  } else {
+    return dot(a, b, count);
+  }
 }
 
 /// @param next  of the values, where row `begin` starts
