@@ -117,10 +117,12 @@ PERSEID_INLINE Accumulate<T> scale_and_dot(const BackwardJob<T, kCount>& job,
 
 /// grad_rows of one entry: the sum over the gates.
 template <typename T, int kCount>
-PERSEID_INLINE void sum_gates(const BackwardJob<T, kCount>& job, const Pack<T, kCount>* grad,
-                              int64_t entry, int64_t row, int lane) {
+__device__ __forceinline__ void sum_gates(const BackwardJob<T, kCount>& job,
+                                          const Pack<T, kCount>* grad, int64_t entry, int64_t row,
+                                          int lane) {
   for (int64_t unit = lane; unit < job.units; unit += kWarpSize) {
     Accumulate<T> sum[kCount] = {};
+#pragma unroll 2  // by four float16 spills
     for (int64_t gate = 0; gate < job.num_gates; ++gate) {
       const Pack<T, kCount> g = grad[gate * job.units + unit];
       const Accumulate<T> weight = weight_of(job, entry, gate);
