@@ -7,6 +7,7 @@
 //   NoDropGradient    kTaylor without a gradient is skipped, kMest is magnitude
 //   Momentum          the closed form of the average, with and without a link; frozen by `end`
 //   Progress          norm^2 / L by hand and by brute force; of a layer; refused without a link
+//   ProgressUnderRamp exact budgets that fall, and growth within them
 //   Resume            save, load, go on: the uninterrupted run, bit for bit, for each criterion
 //   LeftOutSteps      sums whose update was left out do not count for the next one
 //   NonFinite         what is looked at must be finite, and nothing else
@@ -356,6 +357,32 @@ void expect_resumes(const SparsifierConfig& config, int64_t stop) {
   }
 }
 
+TEST(SparseCriteria, ProgressUnderRamp) {
+  TwoLayers model;
+  SparsifierConfig config = config_of(DropCriterion::kMagnitude, GrowCriterion::kGreedyProgress);
+  config.schedule.density_ramp.emplace();
+  Sparsifier sparsifier(model.units(), config);
+  torch::optim::SGD optimizer(model.parameters(), torch::optim::SGDOptions(0.01));
+  sparsifier.attach(optimizer);
+  int64_t size = 0, num_grown = 0;
+  for (const SparseUnit& unit : sparsifier.units()) size += unit.parameter.numel();
+  for (int64_t step = 0; step < 95; ++step) {
+    std::vector<PackedMask> before;
+    for (const SparseUnit& unit : sparsifier.units()) before.push_back(sparsifier.mask(unit.key));
+    train_step(model, sparsifier, optimizer, step);
+    for (size_t u = 0; u < before.size(); ++u) {
+      const PackedMask& after = sparsifier.mask(sparsifier.units()[u].key);
+      EXPECT_LE(after.count(), before[u].count());
+      num_grown += without(after, before[u]).count();
+    }
+    EXPECT_EQ(sparsifier.nnz(),
+              ramp_density(config.schedule, config.budget.density, window_of(config.schedule, step))
+                  .of(size))
+        << step;
+  }
+  EXPECT_GT(num_grown, 50);
+}
+
 TEST(SparseCriteria, Resume) {
   for (const int64_t stop : {16, 18, 19, 20}) {  // updates at 9, 19, ...; windows of 3 steps
     for (const GrowCriterion grow : {GrowCriterion::kMomentum, GrowCriterion::kSampledGrad,
@@ -364,7 +391,12 @@ TEST(SparseCriteria, Resume) {
         SparsifierConfig config = config_of(drop, grow);
         config.grad_accum = grow == GrowCriterion::kMomentum ? 1 : 3;
         expect_resumes<TwoLayers>(config, stop);
-        if (grow != GrowCriterion::kGreedyProgress) expect_resumes<TwoWeights>(config, stop);
+        if (grow != GrowCriterion::kGreedyProgress) {
+          expect_resumes<TwoWeights>(config, stop);
+          continue;
+        }
+        config.schedule.density_ramp.emplace();
+        expect_resumes<TwoLayers>(config, stop);
       }
     }
   }
