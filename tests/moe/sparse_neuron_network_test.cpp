@@ -12,6 +12,7 @@
 
 #include "moe/sparse_linear.h"
 #include "tests/config_error.h"
+#include "tests/moe/sparse_fixture.h"
 #include "tests/moe/sparse_neuron_fixture.h"
 
 namespace perseid::testing {
