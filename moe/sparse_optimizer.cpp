@@ -223,7 +223,7 @@ void step_parameter(const Options& options, int64_t step, const at::Tensor& para
     call.weights.weight = mutable_data_of(weight);
     const at::Tensor slot_gradient = gradient.view({-1}).narrow(0, first, size);
     call.weights.grad = data_of(slot_gradient);
-    if (at::isReducedFloatingType(weight.scalar_type())) {
+    if (weight.element_size() == 2) {
       if (!states.master.defined()) {
         const PackedMask none(states.positions.rows(), states.positions.cols());
         const Repacking all = repacking(none, states.positions, 0, size);

@@ -22,7 +22,7 @@ kernels::DType dtype_of(const at::Tensor& tensor, const char* operation) {
 
 bool has_dtype(const at::Tensor& tensor) {
   const at::ScalarType type = tensor.scalar_type();
-  return type == at::kFloat || type == at::kDouble || at::isReducedFloatingType(type);
+  return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
 }
 
 at::ScalarType weight_type(const at::Tensor& activations) {

@@ -136,7 +136,7 @@ TEST_F(DeviceLayer, Float32) {
       layer->to(at::kFloat);
       return layer;
     };
-    compare(make, 37, {}, 1e-5, at::kFloat);
+    compare(make, 37, {}, 1e-4, at::kFloat);  // penalties of DSelect-k amplify rounding
   }
 }
 
