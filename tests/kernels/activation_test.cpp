@@ -111,9 +111,9 @@ TYPED_TEST(ActivationTyped, EqualsReference) {
           for (int64_t n = 0; n < num_rows; ++n) {
             // A sum of d_ff products of normal values, which may cancel.
             const double e = expected.grad_weights[n];
-            EXPECT_NEAR(actual.grad_weights[n], e,
-                        tolerance<Accumulate<T>>() *
-                            (std::abs(e) + 0.2 * std::sqrt(static_cast<double>(d_ff))))
+            EXPECT_NEAR(
+                actual.grad_weights[n], e,
+                tolerance<Accumulate<T>>() * (std::abs(e) + std::sqrt(static_cast<double>(d_ff))))
                 << name_of(at.shape) << " grad_weights";
           }
         }
