@@ -4,9 +4,9 @@
     python3 examples/sparse_mlp/study.py --jobs 2
 
 Results go to a file of JSON lines, one a run; the same command continues an interrupted study. The
-row "random" is a random search among static masks: the one of highest accuracy on validation images
-among --masks, the mean over all such choices of the static runs. The picture needs matplotlib
-(Debian: python3-matplotlib).
+last row is a random search among static masks: the one of highest accuracy on validation images
+among --masks; with more --seeds than these the mean over all such choices. The picture needs
+matplotlib (Debian: python3-matplotlib).
 """
 import argparse
 import pathlib
@@ -33,7 +33,7 @@ def percent(values):
 
 def seeds_of(arguments, method):
     """A static run for each mask of the random search, too."""
-    return arguments.seeds + (arguments.masks - 1 if method == "static" else 0)
+    return max(arguments.seeds, arguments.masks) if method == "static" else arguments.seeds
 
 
 def print_results(arguments, results):
@@ -96,7 +96,7 @@ def draw(arguments, results, path):
                         color=COLOURS.get(method, "#000000"),
                         linestyle="--" if method == "small_dense" else "-")
     axes[0][0].set_title("accuracy on the test images, %", loc="left", fontsize=11)
-    axes[0][0].set_ylim(bottom=70)
+    axes[0][0].set_ylim(bottom=66)
 
     for place, name, title in ((axes[0][1], "overlap", "active weights that were active first"),
                                (axes[1][1], "churn", "share that an update drops")):
@@ -106,8 +106,10 @@ def draw(arguments, results, path):
             epochs = [step / steps_per_epoch for step in run["steps"]]
             for layer, style in ((0, ":"), (1, "-"), (layers - 1, "--")):
                 place.plot(epochs, run[name][layer::layers], color=COLOURS.get(method, "#000000"),
-                           linestyle=style, linewidth=1.3,
-                           label=f"{method}, layer {layer + 1}")
+                           linestyle=style, linewidth=1.3)
+        for layer, style in ((1, ":"), (2, "-"), (layers, "--")):
+            place.plot([], [], color="#000000", linestyle=style, linewidth=1.3,
+                       label=f"layer {layer}")
         place.set_title(title + " (one seed)", loc="left", fontsize=11)
         place.set_ylim(0, 1 if name == "overlap" else None)
     sparse = [m for m in arguments.methods if results[m, 0]["density"]]
@@ -122,7 +124,10 @@ def draw(arguments, results, path):
     axes[1][0].set_title("density of each layer", loc="left", fontsize=11)
     for place in axes.flat:
         place.spines[["top", "right"]].set_visible(False)
-        place.legend(frameon=False, fontsize=7.5)
+        if place is axes[0][0]:
+            place.legend(frameon=False, fontsize=8, ncols=2, loc="lower right")
+        else:
+            place.legend(frameon=False, fontsize=8)
         if place is not axes[1][0]:
             place.set_xlabel("epoch")
     figure.savefig(path, dpi=110)
