@@ -46,7 +46,7 @@ struct StateChange {
 
 /// What the states of an optimizer with compressed states have in common; a Sparsifier calls it.
 /// Weights are dense tensors on the host, contiguous, of any type of dtype_of; entries outside
-/// the mask are never read or written. weights of 16 bits get a float32 master copy, so that with
+/// the mask are never read or written. Weights of 16 bits get a float32 master copy, so that with
 /// Adam an active weight has 12 bytes of states and an inactive one a bit.
 class CompressedStates {
  public:

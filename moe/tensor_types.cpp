@@ -2,10 +2,15 @@
 
 #include <c10/core/ScalarType.h>
 
-namespace perseid {
+#include <optional>
 
-kernels::DType dtype_of(const at::Tensor& tensor, const char* operation) {
-  switch (tensor.scalar_type()) {
+#include "kernels/error.h"
+
+namespace perseid {
+namespace {
+
+std::optional<kernels::DType> known_dtype(at::ScalarType type) {
+  switch (type) {
     case at::kFloat:
       return kernels::DType::kFloat32;
     case at::kBFloat16:
@@ -15,15 +20,20 @@ kernels::DType dtype_of(const at::Tensor& tensor, const char* operation) {
     case at::kDouble:
       return kernels::DType::kFloat64;
     default:
-      throw ConfigError({operation, "dtype", c10::toString(tensor.scalar_type()),
-                         "is not supported; choose bf16, fp16, fp32 or fp64"});
+      return std::nullopt;
   }
 }
 
-bool has_dtype(const at::Tensor& tensor) {
-  const at::ScalarType type = tensor.scalar_type();
-  return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
+}  // namespace
+
+kernels::DType dtype_of(const at::Tensor& tensor, const char* operation) {
+  const std::optional<kernels::DType> dtype = known_dtype(tensor.scalar_type());
+  require(dtype.has_value(), operation, "dtype", c10::toString(tensor.scalar_type()),
+          "is not supported; choose bf16, fp16, fp32 or fp64");
+  return *dtype;
 }
+
+bool has_dtype(const at::Tensor& tensor) { return known_dtype(tensor.scalar_type()).has_value(); }
 
 at::ScalarType weight_type(const at::Tensor& activations) {
   return activations.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
