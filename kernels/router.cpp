@@ -1,22 +1,20 @@
-// route, route_backward: one pass over the logits, row by row. route reads T*E and writes 2*T*K
-// elements; route_backward reads and writes T*E. Arithmetic in the type of the logits, sums over
-// tokens in double over fixed blocks of tokens that are added in order: the same bits for any
-// number of threads. Rows with a NaN or an infinite maximum take the plain path of router_token.h.
+// route: one pass over the logits, row by row or, for few experts, some rows side by side. Reads
+// T*E and writes 2*T*K elements. Arithmetic in the type of the logits, sums over tokens in double
+// over fixed blocks of tokens that are added in order: the same bits for any number of threads.
+// Rows with a NaN or an infinite maximum take the plain path of router_token.h.
 #include "kernels/router.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
+#include <bit>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/checks.h"
 #include "kernels/cuda_launchers.h"
-#include "kernels/math.h"
 #include "kernels/parallel.h"
-#include "kernels/router_groups.h"
-#include "kernels/router_scores.h"
-#include "kernels/router_select.h"
-#include "kernels/router_token.h"
+#include "kernels/router_lanes.h"
+#include "kernels/router_rows.h"
 
 namespace perseid::kernels {
 namespace {
@@ -25,237 +23,124 @@ constexpr int64_t kTokensPerBlock = 128;
 /// Fewer logits take less time than waking a thread.
 constexpr int64_t kLogitsPerThread = int64_t{1} << 13;
 
-int64_t padded(int64_t count) { return ceil_div(count, kLanes) * kLanes; }
-
 template <typename T>
-struct RouteJob {
-  RouterShape shape;
-  RouterOptions options;
-  RouterInput input;
-  RouterOutput output;
-  const T* logits;
-  T* weights;
-  T* score_shares;
-  bool needs_softmax;  ///< of all experts, for a sum, the weights or the selection
-  bool needs_scores;   ///< other scores of all experts
-};
-
-/// Working memory of one thread. Rows are padded with -inf to whole lanes.
-template <typename T>
-struct Scratch {
-  Scratch(const RouterShape& shape, const RouterOptions& options)
-      : logits(padded(shape.num_experts)),
-        keys(padded(shape.num_experts)),
-        exps(padded(shape.num_experts)),
-        scores(padded(shape.num_experts)),
-        choice_logits(padded(shape.top_k)),
-        choice_scores(padded(shape.top_k)),
-        expert_idx(static_cast<size_t>(shape.top_k + 1)),
-        select(shape.num_experts, shape.top_k),
-        group_score_keys(padded(shape.num_experts)),
-        zero_bias(static_cast<size_t>(shape.num_experts), 0.0F),
-        groups(options.num_groups, options.topk_groups) {}
-  LaneBuffer<T> logits;
-  LaneBuffer<SignedKey<T>> keys;
-  LaneBuffer<T> exps;
-  LaneBuffer<T> scores;
-  LaneBuffer<T> choice_logits;
-  LaneBuffer<T> choice_scores;
-  std::vector<int32_t> expert_idx;  ///< one more than K: a place for what is not chosen
-  SelectScratch<SignedKey<T>> select;
-  LaneBuffer<SignedKey<T>> group_score_keys;
-  std::vector<float> zero_bias;
-  GroupScratch<T> groups;
-  TokenRoute token;
-};
-
-/// Sums over the tokens of one block.
-struct BlockSums {
-  double* score_sum;  ///< [padded(E)]
-  int64_t* tokens_per_expert;
-  double lse_square_sum = 0;
-  double entropy_sum = 0;
-  int64_t non_finite_tokens = 0;
-};
-
-template <typename T>
-struct RowFacts {
-  T max;
-  bool is_non_finite;
-  bool is_plain;  ///< no NaN and a finite maximum
-};
-
-/// Copies a row into whole lanes and makes its keys.
-template <typename T>
-PERSEID_INLINE RowFacts<T> read_row(const T* logits, int64_t num_experts, Scratch<T>& scratch) {
-  using Key = UnsignedKey<T>;
-  T* const z = scratch.logits.data();
-  SignedKey<T>* const keys = scratch.keys.data();
-  SignedKey<T> max_key = kLowestKey<T>;
-  Key max_magnitude = 0;
-#pragma omp simd reduction(max : max_key, max_magnitude)
-  for (int64_t e = 0; e < num_experts; ++e) {
-    const Key magnitude = std::bit_cast<Key>(logits[e]) & static_cast<Key>(~kSignBit<T>);
-    const SignedKey<T> key = signed_key(logits[e]);
-    z[e] = logits[e];
-    keys[e] = key;
-    max_key = key > max_key ? key : max_key;
-    max_magnitude = magnitude > max_magnitude ? magnitude : max_magnitude;
-  }
-  const T max = value_of_key<T>(max_key);
-  const bool has_nan = max_magnitude > kInfinityBits<T>;
-  return {max, max_magnitude >= kInfinityBits<T>, !has_nan && std::isfinite(max)};
-}
-
-/// Larger logits first, then smaller ids: the order of choices that a bias has selected.
-template <typename T>
-PERSEID_INLINE void sort_by_logit(const T* z, int64_t top_k, int32_t* expert_idx) {
-  for (int64_t k = 1; k < top_k; ++k) {
-    const int32_t e = expert_idx[k];
-    int64_t place = k;
-    for (; place > 0; --place) {
-      const int32_t other = expert_idx[place - 1];
-      if (z[other] > z[e] || (z[other] == z[e] && other < e)) break;
-      expert_idx[place] = other;
-    }
-    expert_idx[place] = e;
-  }
-}
-
-template <typename T>
-PERSEID_INLINE void gather_choices(const T* row, const int32_t* expert_idx, int64_t top_k,
-                                   T* choices) {
-  for (int64_t k = 0; k < top_k; ++k) choices[k] = row[expert_idx[k]];
-}
-
-template <typename T>
-PERSEID_INLINE void choice_weights(const RouteJob<T>& job, Scratch<T>& scratch, T exp_sum,
-                                   T* weights) {
-  const int64_t top_k = job.shape.top_k;
-  const int64_t count = scratch.choice_logits.size();
-  const int32_t* const expert_idx = scratch.expert_idx.data();
-  T* const logits = scratch.choice_logits.data();
-  T* const scores = scratch.choice_scores.data();
-  T scale = static_cast<T>(job.options.route_scale);
-  if (job.options.score_function != ScoreFunction::kSoftmax) {
-    gather_choices(scratch.logits.data(), expert_idx, top_k, logits);
-    score_row(job.options.score_function, logits, count, scores);
-    if (job.options.normalize) {
-      T sum = 0;
-      for (int64_t k = 0; k < top_k; ++k) sum += scores[k];
-      scale /= sum + T{1e-20};
-    }
-  } else if (job.options.normalize) {
-    gather_choices(scratch.logits.data(), expert_idx, top_k, logits);
-    scale /= exp_row(logits, logits[0], count, scores);  // the first choice has the largest logit
-  } else {
-    gather_choices(scratch.exps.data(), expert_idx, top_k, scores);
-    scale /= exp_sum;
-  }
-  for (int64_t k = 0; k < top_k; ++k) weights[k] = scores[k] * scale;
-}
-
-/// A row by definition: its NaN and infinities follow the rules of router.h.
-template <typename T>
-void route_exception(const RouteJob<T>& job, int64_t t, Scratch<T>& scratch, BlockSums& sums) {
-  const int64_t top_k = job.shape.top_k;
-  TokenRoute& token = scratch.token;
-  route_token(job.shape, job.options, job.logits + t * job.shape.num_experts, job.input.expert_bias,
-              token);
-  for (int64_t k = 0; k < top_k; ++k) {
-    scratch.expert_idx[k] = token.expert_idx[k];
-    if (job.weights != nullptr) job.weights[t * top_k + k] = static_cast<T>(token.weights[k]);
-  }
-  for (int64_t e = 0; e < job.shape.num_experts; ++e) sums.score_sum[e] += token.score_shares[e];
-  sums.lse_square_sum += token.lse * token.lse;
+PERSEID_INLINE void skip_token(const RouteJob<T>& job, int64_t t) {
+  const int64_t num_experts = job.shape.num_experts, top_k = job.shape.top_k;
+  if (job.output.expert_idx != nullptr) std::fill_n(job.output.expert_idx + t * top_k, top_k, -1);
+  if (job.weights != nullptr) std::fill_n(job.weights + t * top_k, top_k, T{0});
   if (job.score_shares != nullptr) {
-    std::copy(token.score_shares.begin(), token.score_shares.end(),
-              job.score_shares + t * job.shape.num_experts);
+    std::fill_n(job.score_shares + t * num_experts, num_experts, T{0});
   }
 }
 
+/// Counts and writes the choices of a token, choice k at expert_idx[k * step].
 template <typename T>
-PERSEID_INLINE void route_row(const RouteJob<T>& job, int64_t t, Scratch<T>& scratch,
-                              BlockSums& sums) {
-  const int64_t num_experts = job.shape.num_experts;
-  const int64_t count = scratch.logits.size();
-  const ScoreFunction score_function = job.options.score_function;
-  const bool is_softmax = score_function == ScoreFunction::kSoftmax;
-  const bool has_bias = job.input.expert_bias != nullptr;
-  const bool has_groups = job.options.num_groups > 1;
-  int32_t* const expert_idx = scratch.expert_idx.data();
-  const T* const z = scratch.logits.data();
-  const RowFacts<T> facts = read_row(job.logits + t * num_experts, num_experts, scratch);
-  sums.non_finite_tokens += facts.is_non_finite;
-  if (!facts.is_plain) return route_exception(job, t, scratch, sums);
+PERSEID_INLINE void take_choices(const RouteJob<T>& job, int64_t t, const int32_t* expert_idx,
+                                 int64_t step, BlockSums& sums) {
+  const int64_t top_k = job.shape.top_k;
+  for (int64_t k = 0; k < top_k; ++k) {
+    const int32_t e = expert_idx[k * step];
+    ++sums.tokens_per_expert[e];
+    if (job.output.expert_idx != nullptr) job.output.expert_idx[t * top_k + k] = e;
+  }
+}
 
-  T exp_sum = 1;
-  if (job.needs_softmax) exp_sum = exp_row(z, facts.max, count, scratch.exps.data());
-  if (job.needs_scores) score_row(score_function, z, count, scratch.scores.data());
-  const T* const scores = is_softmax ? scratch.exps.data() : scratch.scores.data();
-  const T score_scale = is_softmax ? T{1} / exp_sum : T{1};
-  if (has_bias) {
-    biased_keys(z, scores, score_scale, job.input.expert_bias, num_experts, scratch.keys.data());
+/// One thread's working memory for tokens in lanes.
+struct LaneScratch {
+  explicit LaneScratch(const RouterShape& shape)
+      : rows(shape.num_experts, shape.top_k), score_sums(shape.num_experts * kLanes) {}
+  LaneRows rows;
+  LaneBuffer<double> score_sums;  ///< of a block, by expert and lane
+};
+
+/// What route_row writes for the token in one lane.
+PERSEID_INLINE void write_lane(const RouteJob<float>& job, int64_t t, int64_t lane,
+                               float share_scale, LaneRows& rows, BlockSums& sums) {
+  const int64_t num_experts = job.shape.num_experts, top_k = job.shape.top_k;
+  take_choices(job, t, rows.choice_idx.data() + lane, kLanes, sums);
+  const float *const weights = rows.choices.data() + lane, *const exps = rows.exps.data() + lane;
+  for (int64_t k = 0; job.weights != nullptr && k < top_k; ++k) {
+    job.weights[t * top_k + k] = weights[k * kLanes];
   }
-  if (has_groups) {
-    const SignedKey<T>* score_keys = scratch.keys.data();
-    const bool is_sum_of_two = has_bias || !is_softmax;
-    if (is_sum_of_two && !has_bias) {
-      biased_keys(z, scores, score_scale, scratch.zero_bias.data(), num_experts,
-                  scratch.group_score_keys.data());
-      score_keys = scratch.group_score_keys.data();
-    }
-    mask_groups<T>(score_keys, num_experts, job.options.num_groups, job.options.topk_groups,
-                   is_sum_of_two, scratch.groups, scratch.keys.data());
-  }
-  select_top_k<T>(scratch.keys.data(), num_experts, job.shape.top_k, scratch.select, expert_idx);
-  if (has_bias) sort_by_logit(z, job.shape.top_k, expert_idx);
-  if (has_bias || has_groups) {
-    // Biases of -inf and groups can leave only masked experts: their softmax has no finite maximum.
-    if (!std::isfinite(z[expert_idx[0]])) return route_exception(job, t, scratch, sums);
-  }
-  if (job.weights != nullptr) {
-    choice_weights(job, scratch, exp_sum, job.weights + t * job.shape.top_k);
+  for (int64_t e = 0; job.score_shares != nullptr && e < num_experts; ++e) {
+    job.score_shares[t * num_experts + e] = exps[e * kLanes] * share_scale;
   }
   if (job.output.lse_square_sum != nullptr) {
-    const double lse = static_cast<double>(facts.max) + std::log(static_cast<double>(exp_sum));
-    sums.lse_square_sum += lse * lse;
+    sums.lse_square_sum += square_of_lse(rows.max[lane], rows.exp_sum[lane]);
   }
-  if (job.output.score_sum != nullptr || job.score_shares != nullptr) {
-    T* const shares = is_softmax ? scratch.exps.data() : scratch.scores.data();
-    const T sum = is_softmax ? exp_sum : share_row(score_function, z, facts.max, count, shares);
-    add_shares(shares, T{1} / sum, count, sums.score_sum);
-    if (job.score_shares != nullptr) {
-      T* const out = job.score_shares + t * num_experts;
-      for (int64_t e = 0; e < num_experts; ++e) out[e] = shares[e] * (T{1} / sum);
+}
+
+/// route_row for kLanes tokens at a time, one in each lane. What a token gets does not depend on
+/// those beside it.
+PERSEID_INLINE void route_lanes(const RouteJob<float>& job, int64_t begin, int64_t end,
+                                RowScratch<float>& scratch, LaneScratch& lanes, BlockSums& sums) {
+  const int64_t num_experts = job.shape.num_experts;
+  LaneRows& rows = lanes.rows;
+  double* const score_sums = lanes.score_sums.data();
+  std::fill_n(score_sums, num_experts * kLanes, 0.0);
+  for (int64_t first = begin; first < end; first += kLanes) {
+    const int64_t count = std::min(kLanes, end - first);
+    const uint32_t valid = valid_lanes(job.input, first, count);
+    read_lanes(job.logits + first * num_experts, num_experts, count, valid, rows);
+    sums.non_finite_tokens += std::popcount(rows.non_finite);
+    if (job.needs_softmax) exp_lanes(num_experts, rows);
+    select_lanes(num_experts, job.shape.top_k, rows);
+    if (job.weights != nullptr) weigh_lanes(job.options, job.shape.top_k, rows);
+    alignas(64) float share_scales[kLanes] = {};
+    if (job.output.score_sum != nullptr || job.score_shares != nullptr) {
+      for (int64_t l = 0; l < kLanes; ++l) {
+        share_scales[l] = has_lane(rows.plain, l) ? 1.0F / rows.exp_sum[l] : 0.0F;
+      }
+      for (int64_t e = 0; e < num_experts; ++e) {
+        const float* const exps = rows.exps.data() + e * kLanes;
+        double* const sum = score_sums + e * kLanes;
+#pragma omp simd
+        for (int64_t l = 0; l < kLanes; ++l) {
+          sum[l] += static_cast<double>(exps[l] * share_scales[l]);
+        }
+      }
     }
+    for (int64_t l = 0; l < count; ++l) {
+      if (has_lane(rows.plain, l)) {
+        write_lane(job, first + l, l, share_scales[l], rows, sums);
+      } else if (has_lane(valid, l)) {
+        route_exception(job, first + l, scratch, sums);
+        take_choices(job, first + l, scratch.expert_idx.data(), 1, sums);
+      } else {
+        skip_token(job, first + l);
+      }
+    }
+  }
+  for (int64_t e = 0; e < num_experts; ++e) {
+    for (int64_t l = 0; l < kLanes; ++l) sums.score_sum[e] += score_sums[e * kLanes + l];
   }
 }
 
 template <typename T>
 PERSEID_SIMD_CLONES void route_block(const RouteJob<T>& job, int64_t begin, int64_t end,
-                                     Scratch<T>& scratch, BlockSums& sums) {
-  const int64_t top_k = job.shape.top_k;
-  for (int64_t t = begin; t < end; ++t) {
-    const bool is_valid = job.input.valid == nullptr || job.input.valid[t] != 0;
-    if (is_valid) {
+                                     RowScratch<T>& scratch, LaneScratch* lanes, BlockSums& sums) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (lanes != nullptr) route_lanes(job, begin, end, scratch, *lanes, sums);
+  }
+  for (int64_t t = begin; lanes == nullptr && t < end; ++t) {
+    if (is_valid(job.input, t)) {
       route_row(job, t, scratch, sums);
+      take_choices(job, t, scratch.expert_idx.data(), 1, sums);
     } else {
-      const int64_t num_experts = job.shape.num_experts;
-      if (job.weights != nullptr) std::fill_n(job.weights + t * top_k, top_k, T{0});
-      if (job.score_shares != nullptr) {
-        std::fill_n(job.score_shares + t * num_experts, num_experts, T{0});
-      }
-    }
-    for (int64_t k = 0; k < top_k; ++k) {
-      const int32_t e = is_valid ? scratch.expert_idx[k] : -1;
-      if (is_valid) ++sums.tokens_per_expert[e];
-      if (job.output.expert_idx != nullptr) job.output.expert_idx[t * top_k + k] = e;
+      skip_token(job, t);
     }
   }
   if (job.output.entropy_sum != nullptr) {
+    const int64_t top_k = job.shape.top_k;
     sums.entropy_sum = entropy_of(job.weights + begin * top_k, (end - begin) * top_k);
   }
+}
+
+/// A bias or groups make other keys than the logits: such rows are read one by one.
+template <typename T>
+bool uses_lanes(const RouteJob<T>& job) {
+  return fits_lanes<T>(job.shape, job.options) && job.input.expert_bias == nullptr &&
+         job.options.num_groups == 1;
 }
 
 template <typename T>
@@ -268,13 +153,16 @@ void route_all(const RouteJob<T>& job) {
   std::vector<BlockSums> blocks(static_cast<size_t>(num_blocks));
   const int64_t grain = ceil_div(kLogitsPerThread, kTokensPerBlock * num_experts);
   parallel_for(0, num_blocks, grain, [&](int64_t block_begin, int64_t block_end) {
-    Scratch<T> scratch(job.shape, job.options);
+    RowScratch<T> scratch(job.shape, job.options);
+    std::optional<LaneScratch> lanes;
+    if (uses_lanes(job)) lanes.emplace(job.shape);
     for (int64_t block = block_begin; block < block_end; ++block) {
       BlockSums& sums = blocks[block];
       sums.score_sum = score_sums.data() + block * stride;
       sums.tokens_per_expert = counts.data() + block * num_experts;
       const int64_t begin = block * kTokensPerBlock;
-      route_block(job, begin, std::min(begin + kTokensPerBlock, num_tokens), scratch, sums);
+      route_block(job, begin, std::min(begin + kTokensPerBlock, num_tokens), scratch,
+                  lanes ? &*lanes : nullptr, sums);
     }
   });
 

@@ -79,12 +79,13 @@ TYPED_TEST_SUITE(RouterGradientTyped, Types);
 TYPED_TEST(RouterGradientTyped, EqualsReference) {
   using T = TypeParam;
   const double relative = std::is_same_v<T, float> ? 1e-5 : 1e-12;
-  for (const int64_t num_experts : {1, 5, 8, 64, 100, 256}) {
+  for (const int64_t num_experts : {1, 5, 8, 64, 128, 129, 256}) {
     for (const int64_t top_k : {1, 2, 8, 256}) {
       if (top_k > num_experts && top_k != 256) continue;
       RouterCase<T> base;
-      base.shape = {11, num_experts, std::min(top_k, num_experts)};
-      base.logits = normal_values<T>(11 * num_experts, 41, 2.0);
+      const int64_t num_tokens = num_experts <= 128 ? 19 : 11;  // 16 side by side, and some more
+      base.shape = {num_tokens, num_experts, std::min(top_k, num_experts)};
+      base.logits = normal_values<T>(num_tokens * num_experts, 41, 2.0);
       base.logits[3] = -std::numeric_limits<T>::infinity();  // a masked expert
       for_each_variant(base, [&](const RouterCase<T>& at) {
         const Routed<T> routed = at.route();
@@ -105,6 +106,11 @@ TYPED_TEST(RouterGradientTyped, ExceptionalRowsEqualReference) {
   base.shape = {6, 4, 2};
   base.logits = {nan,  1,    2,    3,    inf, 1,   2,   3,   inf, inf,  0,    1,
                  -inf, -inf, -inf, -inf, nan, nan, nan, nan, 1,   -inf, -inf, nan};
+  for (int64_t t = 0; t < 14; ++t) {  // plain rows beside them, of which some have one finite logit
+    for (int64_t e = 0; e < 4; ++e)
+      base.logits.push_back(t % 3 == 2 && e != 1 ? -inf : T(t * e % 5));
+  }
+  base.shape.num_tokens = 20;
   for_each_variant(base, [](const RouterCase<T>& at) {
     const Routed<T> routed = at.route();
     for (const Terms& terms : kTerms) {

@@ -97,12 +97,12 @@ void expect_reference(const RouterCase<T>& at) {
 
 TYPED_TEST(RouterTyped, EqualsReference) {
   using T = TypeParam;
-  for (const int64_t num_experts : {1, 2, 5, 8, 16, 17, 33, 64, 65, 100, 256}) {
+  for (const int64_t num_experts : {1, 2, 5, 8, 16, 17, 33, 64, 65, 128, 129, 256}) {
     for (const int64_t top_k : {1, 2, 8, 16, 19, 256}) {
       if (top_k > num_experts && top_k != 256) continue;
       RouterCase<T> at;
-      at.shape = {13, num_experts, std::min(top_k, num_experts)};
-      at.logits = normal_values<T>(13 * num_experts, static_cast<uint32_t>(num_experts), 3.0);
+      at.shape = {21, num_experts, std::min(top_k, num_experts)};
+      at.logits = normal_values<T>(21 * num_experts, static_cast<uint32_t>(num_experts), 3.0);
       for_each_variant(at, [](const RouterCase<T>& variant) { expect_reference(variant); });
     }
   }
@@ -157,6 +157,11 @@ std::vector<T> odd_logits(int64_t num_tokens, int64_t num_experts) {
   return logits;
 }
 
+template <typename V>
+std::vector<V> slice(const std::vector<V>& values, int64_t begin, int64_t count) {
+  return {values.begin() + begin, values.begin() + begin + count};
+}
+
 TYPED_TEST(RouterTyped, OddRowsEqualReference) {
   using T = TypeParam;
   for (const int64_t num_experts : {1, 5, 16, 64, 100}) {
@@ -199,6 +204,32 @@ TYPED_TEST(RouterTyped, SameBitsForAnyThreadCount) {
       for (const int count : kThreadCounts) {
         const Threads threads(count);
         EXPECT_TRUE(variant.route().has_same_bits(expected)) << variant.name();
+      }
+    });
+  }
+}
+
+TYPED_TEST(RouterTyped, TokensDoNotDependOnTheirNeighbours) {
+  using T = TypeParam;
+  for (const int64_t num_experts : {1, 7, 64, 200}) {
+    RouterCase<T> at;
+    at.shape = {43, num_experts, std::min<int64_t>(3, num_experts)};
+    at.logits = odd_logits<T>(43, num_experts);
+    for_each_variant(at, [&](const RouterCase<T>& variant) {
+      const Routed<T> together = variant.route();
+      for (int64_t t = 0; t < 43; ++t) {
+        RouterCase<T> one = variant;
+        one.shape.num_tokens = 1;
+        one.logits = slice(variant.logits, t * num_experts, num_experts);
+        if (!variant.valid.empty()) one.valid = slice(variant.valid, t, 1);
+        const Routed<T> alone = one.route();
+        const int64_t top_k = at.shape.top_k;
+        EXPECT_EQ(alone.expert_idx, slice(together.expert_idx, t * top_k, top_k));
+        EXPECT_TRUE(same_bits(alone.weights, slice(together.weights, t * top_k, top_k)))
+            << variant.name() << " token " << t;
+        EXPECT_TRUE(same_bits(alone.score_shares,
+                              slice(together.score_shares, t * num_experts, num_experts)))
+            << variant.name() << " token " << t;
       }
     });
   }
