@@ -90,6 +90,14 @@ PERSEID_INLINE void add_entries(const CombineJob<T>& job, EntryRange entries, in
   }
 }
 
+/// Two rows of weight 1, what top-2 leaves once weights are in the activation: no tile of sums.
+template <typename T>
+PERSEID_INLINE void add_two(const T* a, const T* b, int64_t width, T* out) {
+  using A = Accumulate<T>;
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) store(out + i, A{load(a + i)} + A{load(b + i)});
+}
+
 template <typename T>
 PERSEID_SIMD_CLONES void combine_outputs(const CombineJob<T>& job, int64_t begin, int64_t end) {
   using A = Accumulate<T>;
@@ -97,6 +105,16 @@ PERSEID_SIMD_CLONES void combine_outputs(const CombineJob<T>& job, int64_t begin
   const int64_t last_entry = entries_of(job.index, end - 1).end;
   for (int64_t n = begin; n < end; ++n) {
     const EntryRange entries = entries_of(job.index, n);
+    if (job.weights == nullptr && entries.end - entries.begin == 2) {
+      const auto row = [&](int64_t entry) __attribute__((always_inline)) {
+        return job.rows + row_of_entry(job.index, entry) * job.width;
+      };
+      for (int64_t next = entries.end + 2; next < std::min(entries.end + 4, last_entry); ++next) {
+        prefetch_for_read(row(next), job.width);
+      }
+      add_two(row(entries.begin), row(entries.begin + 1), job.width, job.out + n * job.width);
+      continue;
+    }
     for (int64_t gate = 0; gate < job.num_gates; ++gate) {
       T* const out = job.out + (n * job.num_gates + gate) * job.width;
       for (int64_t column = 0; column < job.width; column += kTile) {

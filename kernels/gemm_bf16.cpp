@@ -26,6 +26,7 @@ namespace {
 constexpr int64_t kPanel = 64;  // columns of a panel
 constexpr int64_t kTileRows = 6;
 constexpr int64_t kBlockPairs = 1024;  // pairs of k before sums are put aside: a panel stays in L2
+constexpr int64_t kRowsAhead = 6;      // of a gathered operand that are asked for
 constexpr int64_t kBlockRows = 192;    // rows of a that stay in L2 while panels pass
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -36,6 +37,15 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const BFloat16* row_at(const GemmOperand& x, int64_t row) {
   return x.data + (x.row_of ? x.row_of[row] : row) * x.stride;
+}
+
+/// Asks for rows [begin, end) of a gathered operand, whose order the hardware cannot foresee.
+void prefetch_rows(const GemmOperand& x, int64_t begin, int64_t end, int64_t width) {
+  if (x.row_of == nullptr) return;
+  for (int64_t row = begin; row < end; ++row) {
+    const BFloat16* const start = row_at(x, row);
+    for (int64_t i = 0; i < width; i += 32) __builtin_prefetch(start + i);  // 32: a cache line
+  }
 }
 
 /// words[c] = (first[c], second[c]) for `count` columns from rows in memory; second may be null.
@@ -98,6 +108,7 @@ PERSEID_BF16_TARGET inline void transpose_words(__m512i (&r)[16]) {
 PERSEID_BF16_TARGET void pack_rows(const GemmOperand& b, int64_t n, int64_t k, uint32_t* words) {
   const int64_t pairs = ceil_div(k, 2);
   for (int64_t pair = 0; pair < pairs; ++pair) {
+    prefetch_rows(b, std::min(k, 2 * pair + kRowsAhead), std::min(k, 2 * pair + kRowsAhead + 2), n);
     const BFloat16* first = row_at(b, 2 * pair);
     const BFloat16* second = 2 * pair + 1 < k ? row_at(b, 2 * pair + 1) : nullptr;
     for (int64_t column = 0; column < n; column += kPanel) {
@@ -127,6 +138,24 @@ PERSEID_BF16_TARGET void pack_columns(const GemmOperand& b, int64_t n, int64_t k
         _mm512_storeu_si512(panel + (pair + i) * kPanel, r[i]);
       }
     }
+  }
+}
+
+/// Room for a block of rows of a transposed a.
+int64_t packed_a_words(int64_t m, int64_t pairs) {
+  return ceil_div(std::min(m, kBlockRows) * pairs, 16) * 16;
+}
+
+/// Rows [top, bottom) of a that lies transposed, [K, M]: pair by pair, the words of these rows.
+PERSEID_BF16_TARGET void pack_a(const GemmOperand& a, int64_t top, int64_t bottom, int64_t k,
+                                uint32_t* words) {
+  const int64_t rows = bottom - top;
+  for (int64_t p = 0; 2 * p < k; ++p) {
+    if (top == 0) {
+      prefetch_rows(a, std::min(k, 2 * p + kRowsAhead), std::min(k, 2 * p + kRowsAhead + 2), rows);
+    }
+    interleave(row_at(a, 2 * p) + top, 2 * p + 1 < k ? row_at(a, 2 * p + 1) + top : nullptr, rows,
+               words + p * rows);
   }
 }
 
@@ -231,7 +260,7 @@ bool has_gemm_bf16() {
 int64_t gemm_bf16_workspace(int64_t m, int64_t n, int64_t k, bool a_transposed) {
   const int64_t pairs = ceil_div(k, 2);
   const int64_t b_words = ceil_div(n, kPanel) * kPanel * pairs;
-  const int64_t a_words = a_transposed ? ceil_div(m * pairs, 16) * 16 : 0;
+  const int64_t a_words = a_transposed ? packed_a_words(m, pairs) : 0;
   const int64_t partial = pairs > kBlockPairs ? kBlockRows * kPanel : 0;
   return 2 * (b_words + a_words + partial);
 }
@@ -242,29 +271,24 @@ void gemm_bf16(int64_t m, int64_t n, int64_t k, const GemmOperand& a, const Gemm
   auto* const b_words = reinterpret_cast<uint32_t*>(workspace);
   uint32_t* const a_words = b_words + ceil_div(n, kPanel) * kPanel * pairs;
   auto* const partial =
-      reinterpret_cast<float*>(a_words + (a.transposed ? ceil_div(m * pairs, 16) * 16 : 0));
+      reinterpret_cast<float*>(a_words + (a.transposed ? packed_a_words(m, pairs) : 0));
   if (b.transposed) {
     pack_columns(b, n, k, b_words);
   } else {
     pack_rows(b, n, k, b_words);
   }
-  if (a.transposed) {
-    for (int64_t p = 0; p < pairs; ++p) {
-      interleave(row_at(a, 2 * p), 2 * p + 1 < k ? row_at(a, 2 * p + 1) : nullptr, m,
-                 a_words + p * m);
-    }
-  }
   const bool odd = !a.transposed && k % 2 == 1;  // packed pairs are padded
   const int64_t whole_pairs = odd ? pairs - 1 : pairs;
-  PairRows from{};
-  from.step = (a.transposed ? m : int64_t{1}) * int64_t{sizeof(uint32_t)};
-  const auto row_start = [&](int64_t row) {
-    return a.transposed ? reinterpret_cast<const char*>(a_words + row)
-                        : reinterpret_cast<const char*>(row_at(a, row));
-  };
 
   for (int64_t top = 0; top < m; top += kBlockRows) {
     const int64_t bottom = std::min(m, top + kBlockRows);
+    if (a.transposed) pack_a(a, top, bottom, k, a_words);
+    PairRows from{};
+    from.step = (a.transposed ? bottom - top : int64_t{1}) * int64_t{sizeof(uint32_t)};
+    const auto row_start = [&](int64_t row) {
+      return a.transposed ? reinterpret_cast<const char*>(a_words + row - top)
+                          : reinterpret_cast<const char*>(row_at(a, row));
+    };
     for (int64_t column = 0; column < n; column += kPanel) {
       const int64_t columns = std::min(kPanel, n - column);
       const int64_t vectors = ceil_div(columns, 16);
@@ -277,6 +301,9 @@ void gemm_bf16(int64_t m, int64_t n, int64_t k, const GemmOperand& a, const Gemm
         const TileFunction whole_tile = tile_function(kTileRows, vectors);
         for (int64_t row = top; row < bottom; row += kTileRows) {
           const int64_t rows = std::min(kTileRows, bottom - row);
+          if (!a.transposed && column == 0 && begin == 0) {
+            prefetch_rows(a, row + rows, std::min(bottom, row + rows + kTileRows), k);
+          }
           for (int64_t i = 0; i < rows; ++i) {
             from.rows[i] = row_start(row + i) + begin * from.step;
           }

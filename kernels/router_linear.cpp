@@ -118,11 +118,11 @@ PERSEID_SIMD_CLONES void forward_block(const RouterLinearShape& shape, const T* 
   if constexpr (std::is_same_v<T, A>) {
     multiply_rows(rows, end - begin, D, columns, bias, E, logits + begin * E);
   } else {
-    std::vector<A> converted(static_cast<size_t>((end - begin) * D));
-    for (int64_t i = 0; i < (end - begin) * D; ++i) {
-      converted[static_cast<size_t>(i)] = load(rows + i);
-    }
-    multiply_rows(converted.data(), end - begin, D, columns, bias, E, logits + begin * E);
+    const std::unique_ptr<A[]> converted(new A[static_cast<size_t>((end - begin) * D)]);
+    A* const values = converted.get();
+#pragma omp simd
+    for (int64_t i = 0; i < (end - begin) * D; ++i) values[i] = load(rows + i);
+    multiply_rows(values, end - begin, D, columns, bias, E, logits + begin * E);
   }
 }
 

@@ -12,8 +12,6 @@
 namespace perseid {
 namespace {
 
-constexpr size_t kWorkspaceSlot = 7;
-
 bool uses_gemm_bf16(const at::Tensor& out) {
   return out.scalar_type() == at::kBFloat16 && kernels::has_gemm_bf16();
 }
@@ -29,10 +27,11 @@ kernels::GemmOperand operand_of(const SegmentRows& rows) {
 void gemm(const at::Tensor& out, int64_t k, const kernels::GemmOperand& a,
           const kernels::GemmOperand& b, Scratch& scratch) {
   const int64_t m = out.size(0), n = out.size(1);
-  const at::Tensor workspace = scratch.rows(
-      kWorkspaceSlot, 1, kernels::gemm_bf16_workspace(m, n, k, a.transposed), out.options());
+  const int64_t num_elements = kernels::gemm_bf16_workspace(m, n, k, a.transposed);
+  void* const workspace =
+      scratch.workspace(num_elements * static_cast<int64_t>(sizeof(kernels::BFloat16)));
   kernels::gemm_bf16(m, n, k, a, b, static_cast<kernels::BFloat16*>(mutable_data_of(out)),
-                     out.stride(0), static_cast<kernels::BFloat16*>(mutable_data_of(workspace)));
+                     out.stride(0), static_cast<kernels::BFloat16*>(workspace));
 }
 
 }  // namespace

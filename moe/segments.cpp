@@ -40,7 +40,14 @@ at::Tensor Scratch::rows(size_t slot, int64_t num_rows, int64_t width,
   if (!buffer.defined() || buffer.numel() < num_rows * width) {
     buffer = at::empty({num_rows * width}, options);
   }
-  return buffer.narrow(0, 0, num_rows * width).view({num_rows, width});
+  return buffer.as_strided({num_rows, width}, {width, 1});
+}
+
+void* Scratch::workspace(int64_t num_bytes) {
+  if (!workspace_.defined() || workspace_.numel() < num_bytes) {
+    workspace_ = at::empty({num_bytes}, at::kByte);
+  }
+  return workspace_.mutable_data_ptr();
 }
 
 void for_each_segment(const std::vector<Segment>& segments,

@@ -30,9 +30,12 @@ class Scratch {
  public:
   /// [num_rows, width] of uninitialised memory, valid until the next call with the same slot.
   at::Tensor rows(size_t slot, int64_t num_rows, int64_t width, const at::TensorOptions& options);
+  /// As many bytes for a kernel to work in, valid until the next call.
+  void* workspace(int64_t num_bytes);
 
  private:
   std::vector<at::Tensor> buffers_;
+  at::Tensor workspace_;
 };
 
 /// Runs body(segment, scratch) for all segments on the threads of the pool. LibTorch's autograd is
