@@ -5,6 +5,21 @@
 
 #include "kernels/error.h"
 
+namespace perseid {
+
+// Texts for checks that mostly hold, in every step: streams would cost ten times as much.
+inline std::string to_text(at::IntArrayRef sizes) {
+  std::string text = "[";
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    text += (i == 0 ? "" : ", ") + std::to_string(sizes[i]);
+  }
+  return text + "]";
+}
+inline std::string to_text(at::ScalarType type) { return toString(type); }
+inline std::string to_text(const at::Device& device) { return device.str(); }
+
+}  // namespace perseid
+
 namespace perseid::gates {
 
 /// Type and shape of a tensor for error texts: "Float[4, 7]".

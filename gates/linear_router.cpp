@@ -5,6 +5,8 @@
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <utility>
+
 #include "gates/linear_product.h"
 #include "gates/router_call.h"
 #include "kernels/error.h"
@@ -38,33 +40,32 @@ void require_first_derivative() {
           "is not supported: the router has no second derivative");
 }
 
-void save_options(AutogradContext& ctx, const LinearRouterOptions& options) {
-  ctx.saved_data["score_function"] = static_cast<int64_t>(options.scores.score_function);
-  ctx.saved_data["normalize"] = options.scores.normalize;
-  ctx.saved_data["route_scale"] = options.scores.route_scale;
-  ctx.saved_data["top_k"] = options.top_k;
-  ctx.saved_data["score_sum"] = options.score_sum;
-  ctx.saved_data["lse_square_sum"] = options.lse_square_sum;
-  ctx.saved_data["score_shares"] = options.score_shares;
-}
-
-LinearRouterOptions saved_router_options(AutogradContext& ctx) {
+/// Options as a graph keeps them.
+struct KeptOptions : torch::CustomClassHolder {
+  explicit KeptOptions(const LinearRouterOptions& options_in) : options(options_in) {}
   LinearRouterOptions options;
-  options.scores.score_function =
-      static_cast<kernels::ScoreFunction>(ctx.saved_data["score_function"].toInt());
-  options.scores.normalize = ctx.saved_data["normalize"].toBool();
-  options.scores.route_scale = ctx.saved_data["route_scale"].toDouble();
-  options.top_k = ctx.saved_data["top_k"].toInt();
-  options.score_sum = ctx.saved_data["score_sum"].toBool();
-  options.lse_square_sum = ctx.saved_data["lse_square_sum"].toBool();
-  options.score_shares = ctx.saved_data["score_shares"].toBool();
-  return options;
+};
+
+void save_options(AutogradContext& ctx, const LinearRouterOptions& options) {
+  ctx.saved_data["options"] = c10::IValue::make_capsule(c10::make_intrusive<KeptOptions>(options));
+}
+LinearRouterOptions saved_router_options(AutogradContext& ctx) {
+  const auto kept = ctx.saved_data["options"].toCapsule();
+  return c10::static_intrusive_pointer_cast<KeptOptions>(kept)->options;
 }
 
-void mark_integers(AutogradContext& ctx, const variable_list& outputs) {
-  ctx.mark_non_differentiable(
-      {outputs[kExpertIdx], outputs[kTokensPerExpert], outputs[kNonFinite], outputs[kEntropySum]});
+/// The outputs of a function of the graph: only what has a gradient passes through it.
+variable_list as_outputs(AutogradContext& ctx, LinearRouterOutput& routed) {
   ctx.set_materialize_grads(false);
+  variable_list outputs;
+  for (const Tensor* tensor : differentiable(routed)) outputs.push_back(*tensor);
+  return outputs;
+}
+/// `routed` with the outputs that have a graph.
+LinearRouterOutput with_graph(LinearRouterOutput routed, const variable_list& outputs) {
+  auto next = outputs.begin();
+  for (Tensor* tensor : differentiable(routed)) *tensor = *next++;
+  return routed;
 }
 
 /// Gradients of features, weight and bias, in their types.
@@ -87,14 +88,12 @@ variable_list linear_backward(AutogradContext& ctx, const variable_list& saved,
 struct LinearRouter : torch::autograd::Function<LinearRouter> {
   static variable_list forward(AutogradContext* ctx, const Tensor& features, const Tensor& weight,
                                const Tensor& bias, const Tensor& valid, const Tensor& expert_bias,
-                               const LinearRouterOptions& options) {
+                               const LinearRouterOptions& options, LinearRouterOutput* routed) {
     const Tensor logits = form_logits(read_operands(features, weight), or_undefined(bias));
-    variable_list outputs =
-        route_logits(logits, or_undefined(valid), or_undefined(expert_bias), options);
-    ctx->save_for_backward({features, weight, bias, valid, outputs[kExpertIdx]});
-    mark_integers(*ctx, outputs);
+    *routed = route_logits(logits, or_undefined(valid), or_undefined(expert_bias), options);
+    ctx->save_for_backward({features, weight, bias, valid, routed->expert_idx});
     save_options(*ctx, options);
-    return outputs;
+    return as_outputs(*ctx, *routed);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
@@ -106,7 +105,7 @@ struct LinearRouter : torch::autograd::Function<LinearRouter> {
     const Tensor grad_logits =
         route_logits_backward(logits, valid, saved[4], saved_router_options(*ctx), gradients);
     variable_list results = linear_backward(*ctx, saved, operands, valid, grad_logits);
-    results.resize(6);  // nothing for valid, expert_bias and options
+    results.resize(7);  // nothing for valid, expert_bias, options and routed
     return results;
   }
 };
@@ -134,13 +133,12 @@ struct LinearLogits : torch::autograd::Function<LinearLogits> {
 
 struct LogitRouter : torch::autograd::Function<LogitRouter> {
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& valid,
-                               const LinearRouterOptions& options) {
+                               const LinearRouterOptions& options, LinearRouterOutput* routed) {
     const Tensor rows = logits.contiguous();
-    variable_list outputs = route_logits(rows, or_undefined(valid), {}, options);
-    ctx->save_for_backward({rows, valid, outputs[kExpertIdx]});
-    mark_integers(*ctx, outputs);
+    *routed = route_logits(rows, or_undefined(valid), {}, options);
+    ctx->save_for_backward({rows, valid, routed->expert_idx});
     save_options(*ctx, options);
-    return outputs;
+    return as_outputs(*ctx, *routed);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
@@ -148,7 +146,7 @@ struct LogitRouter : torch::autograd::Function<LogitRouter> {
     const variable_list saved = ctx->get_saved_variables();
     return {route_logits_backward(saved[0], or_undefined(saved[1]), saved[2],
                                   saved_router_options(*ctx), gradients),
-            Tensor(), Tensor()};
+            Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -161,10 +159,11 @@ at::ScalarType router_compute_type(const Tensor& weight) {
 LinearRouterOutput linear_router(const Tensor& features, const Tensor& weight, const Tensor& bias,
                                  const Tensor& valid, const LinearRouterOptions& options,
                                  const Tensor& expert_bias) {
-  return router_output(
+  LinearRouterOutput routed;
+  const variable_list outputs =
       LinearRouter::apply(features, weight, or_empty(bias), or_empty(valid).contiguous(),
-                          or_empty(expert_bias).contiguous(), options),
-      options);
+                          or_empty(expert_bias).contiguous(), options, &routed);
+  return with_graph(std::move(routed), outputs);
 }
 
 Tensor linear_logits(const Tensor& features, const Tensor& weight, const Tensor& bias,
@@ -174,7 +173,10 @@ Tensor linear_logits(const Tensor& features, const Tensor& weight, const Tensor&
 
 LinearRouterOutput logit_router(const Tensor& logits, const Tensor& valid,
                                 const LinearRouterOptions& options) {
-  return router_output(LogitRouter::apply(logits, or_empty(valid).contiguous(), options), options);
+  LinearRouterOutput routed;
+  const variable_list outputs =
+      LogitRouter::apply(logits, or_empty(valid).contiguous(), options, &routed);
+  return with_graph(std::move(routed), outputs);
 }
 
 }  // namespace perseid::gates

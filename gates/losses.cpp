@@ -1,14 +1,18 @@
 #include "gates/losses.h"
 
+#include <ATen/Dispatch.h>
 #include <ATen/ops/_unique.h>
 #include <ATen/ops/bincount.h>
 #include <ATen/ops/dot.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include <cmath>
 
@@ -24,6 +28,79 @@ void require_by_expert(const char* operation, const char* argument, const at::Te
   require(sum.defined() && sum.dim() == 1 && sum.is_floating_point(), operation, argument,
           describe(sum), "is not floating [num_experts]");
 }
+
+/// scale * counts in double.
+at::Tensor scaled_counts(const at::Tensor& counts, double scale, at::Device device) {
+  const bool is_plain = counts.is_cpu() && device.is_cpu() && counts.is_contiguous() &&
+                        counts.scalar_type() == at::kLong;
+  if (!is_plain) return counts.to(device, at::kDouble).mul_(scale);
+  at::Tensor scaled = at::empty(counts.sizes(), at::kDouble);
+  const int64_t* const source = counts.const_data_ptr<int64_t>();
+  double* const target = scaled.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < counts.numel(); ++i) target[i] = static_cast<double>(source[i]) * scale;
+  return scaled;
+}
+
+bool is_plain_on_cpu(const at::Tensor& sum) {
+  return sum.is_cpu() && sum.is_contiguous() &&
+         (sum.scalar_type() == at::kFloat || sum.scalar_type() == at::kDouble);
+}
+
+/// factor * sum_i slope[i] * sum[i], formed in double, in the type of `sum`.
+at::Tensor linear_sum(const at::Tensor& sum, const at::Tensor& slope, double factor) {
+  if (!is_plain_on_cpu(sum)) {
+    return at::dot(sum.to(at::kDouble), slope).mul(factor).to(sum.scalar_type());
+  }
+  const double* const slopes = slope.const_data_ptr<double>();
+  double total = 0, lost = 0;  // Kahan's sum: perfect balance is exact for any number of experts
+  AT_DISPATCH_FLOATING_TYPES(sum.scalar_type(), "linear_sum", [&] {
+    const auto* const values = sum.const_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < sum.numel(); ++i) {
+      const double term = static_cast<double>(values[i]) * slopes[i] - lost;
+      const double next = total + term;
+      lost = (next - total) - term;
+      total = next;
+    }
+  });
+  at::Tensor result = at::empty({}, sum.options());
+  result.fill_(total * factor);
+  return result;
+}
+
+/// factor * slope in the type of `sum`.
+at::Tensor scaled_slope(const at::Tensor& sum, const at::Tensor& slope, double factor) {
+  const double* const slopes = slope.const_data_ptr<double>();
+  at::Tensor scaled = at::empty_like(sum);
+  AT_DISPATCH_FLOATING_TYPES(sum.scalar_type(), "scaled_slope", [&] {
+    auto* const values = scaled.mutable_data_ptr<scalar_t>();
+    for (int64_t i = 0; i < sum.numel(); ++i) {
+      values[i] = static_cast<scalar_t>(factor * slopes[i]);
+    }
+  });
+  return scaled;
+}
+
+/// linear_sum with its gradient: one node of the graph where LibTorch's operations make four, in
+/// every step of every layer, and on the CPU none of them is called.
+struct LinearSum : torch::autograd::Function<LinearSum> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& sum,
+                            const at::Tensor& slope, double factor) {
+    ctx->save_for_backward({sum, slope});
+    ctx->saved_data["factor"] = factor;
+    return linear_sum(sum, slope, factor);
+  }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    const torch::autograd::variable_list saved = ctx->get_saved_variables();
+    const at::Tensor &sum = saved[0], &slope = saved[1], &grad = grads[0];
+    const double factor = ctx->saved_data["factor"].toDouble();
+    const bool has_graph = c10::GradMode::is_enabled();  // of a second derivative
+    if (!has_graph && is_plain_on_cpu(sum)) {
+      return {scaled_slope(sum, slope, factor * grad.item<double>()), {}, {}};
+    }
+    return {grad.to(at::kDouble).mul(factor).mul(slope).to(sum.scalar_type()), {}, {}};
+  }
+};
 
 }  // namespace
 
@@ -53,11 +130,9 @@ NamedLoss load_balance_loss(const BalanceTerms& terms, const at::Tensor& global_
     scale = static_cast<double>(terms.score_sum.size(0)) / assignments /
             static_cast<double>(tokens_global);
   }
-  const at::Tensor f =
-      global_tokens_per_expert.to(terms.score_sum.device(), at::kDouble).mul_(scale);
-  const at::Tensor raw = at::dot(terms.score_sum.to(at::kDouble), f);
-  const at::ScalarType type = terms.score_sum.scalar_type();
-  return {"aux_loss", raw.mul(terms.aux_loss_coeff).to(type), raw.detach().to(type)};
+  const at::Tensor f = scaled_counts(global_tokens_per_expert, scale, terms.score_sum.device());
+  return {"aux_loss", LinearSum::apply(terms.score_sum, f, terms.aux_loss_coeff),
+          linear_sum(terms.score_sum.detach(), f, 1)};
 }
 
 NamedLoss sequence_balance_loss(const at::Tensor& score_shares, const at::Tensor& expert_idx,

@@ -83,11 +83,10 @@ at::Tensor NoisyTopKGate::load_of(const Logits& logits, const GateInput& input) 
   LinearRouterOptions one_more;
   one_more.top_k = top_k() + 1;
   const at::Tensor valid = input.valid.value_or(at::Tensor());
-  const at::Tensor best =
-      route_logits(logits.noisy.detach().contiguous(), valid, {}, one_more)[kExpertIdx]
-          .view({-1, one_more.top_k})
-          .clamp_min(0)
-          .to(at::kLong);
+  const at::Tensor best = route_logits(logits.noisy.detach().contiguous(), valid, {}, one_more)
+                              .expert_idx.view({-1, one_more.top_k})
+                              .clamp_min(0)
+                              .to(at::kLong);
   const auto threshold = [&](int64_t rank) {
     return logits.noisy.gather(1, best.narrow(1, rank, 1));
   };

@@ -31,32 +31,43 @@ Tensor sum_of_rows(const Tensor& rows) {
   return linear_product_backward({}, {}, {}, rows, {.bias = true}).bias;
 }
 
-std::vector<Tensor> route_logits(const Tensor& logits, const Tensor& valid,
-                                 const Tensor& expert_bias, const LinearRouterOptions& options) {
+LinearRouterOutput route_logits(const Tensor& logits, const Tensor& valid,
+                                const Tensor& expert_bias, const LinearRouterOptions& options) {
   const kernels::Stream stream = stream_of(logits, "top_k_gate");
   const kernels::RouterShape shape{logits.size(0), logits.size(1), options.top_k};
   const at::TensorOptions real = logits.options();
   const int64_t num_slots = shape.num_tokens * shape.top_k;
-  const auto none = [&] { return at::empty({0}, real); };
-  std::vector<Tensor> list = {at::empty({num_slots}, real),
-                              at::empty({num_slots}, real.dtype(at::kInt)),
-                              at::empty({shape.num_experts}, real.dtype(at::kLong)),
-                              at::empty({}, real.dtype(at::kLong)),
-                              at::empty({}, real.dtype(at::kDouble)),
-                              options.score_sum ? at::empty({shape.num_experts}, real) : none(),
-                              options.lse_square_sum ? at::empty({}, real) : none(),
-                              options.score_shares ? at::empty_like(logits) : none()};
+  LinearRouterOutput list;
+  list.weights = at::empty({num_slots}, real);
+  list.expert_idx = at::empty({num_slots}, real.dtype(at::kInt));
+  list.tokens_per_expert = at::empty({shape.num_experts}, real.dtype(at::kLong));
+  list.non_finite_tokens = at::empty({}, real.dtype(at::kLong));
+  list.entropy_sum = at::empty({}, real.dtype(at::kDouble));
+  if (options.score_sum) list.score_sum = at::empty({shape.num_experts}, real);
+  if (options.lse_square_sum) list.lse_square_sum = at::empty({}, real);
+  if (options.score_shares) list.score_shares = at::empty_like(logits);
+  const auto buffer = [](const Tensor& tensor) {
+    return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+  };
   kernels::RouterOutput output;
-  output.weights = list[kWeights].mutable_data_ptr();
-  output.expert_idx = list[kExpertIdx].mutable_data_ptr<int32_t>();
-  output.tokens_per_expert = list[kTokensPerExpert].mutable_data_ptr<int64_t>();
-  output.non_finite_tokens = list[kNonFinite].mutable_data_ptr<int64_t>();
-  output.entropy_sum = list[kEntropySum].mutable_data_ptr<double>();
-  if (options.score_sum) output.score_sum = list[kScoreSum].mutable_data_ptr();
-  if (options.lse_square_sum) output.lse_square_sum = list[kLseSquareSum].mutable_data_ptr();
-  if (options.score_shares) output.score_shares = list[kScoreShares].mutable_data_ptr();
+  output.weights = buffer(list.weights);
+  output.expert_idx = list.expert_idx.mutable_data_ptr<int32_t>();
+  output.tokens_per_expert = list.tokens_per_expert.mutable_data_ptr<int64_t>();
+  output.non_finite_tokens = list.non_finite_tokens.mutable_data_ptr<int64_t>();
+  output.entropy_sum = list.entropy_sum.mutable_data_ptr<double>();
+  output.score_sum = buffer(list.score_sum);
+  output.lse_square_sum = buffer(list.lse_square_sum);
+  output.score_shares = buffer(list.score_shares);
   kernels::route(shape, options.scores, kernel_type(logits.scalar_type()),
                  kernel_input(logits, valid, expert_bias), output, stream);
+  return list;
+}
+
+std::vector<Tensor*> differentiable(LinearRouterOutput& output) {
+  std::vector<Tensor*> list = {&output.weights};
+  for (Tensor* sum : {&output.score_sum, &output.lse_square_sum, &output.score_shares}) {
+    if (sum->defined()) list.push_back(sum);
+  }
   return list;
 }
 
@@ -64,16 +75,18 @@ Tensor route_logits_backward(const Tensor& logits, const Tensor& valid, const Te
                              const LinearRouterOptions& options,
                              const std::vector<Tensor>& gradients) {
   const at::ScalarType type = logits.scalar_type();
-  const Tensor grad_weights = dense_gradient(gradients[kWeights], type);
-  const Tensor grad_score_sum = dense_gradient(gradients[kScoreSum], type);
-  const Tensor grad_lse_square_sum = dense_gradient(gradients[kLseSquareSum], type);
-  const Tensor grad_shares = dense_gradient(gradients[kScoreShares], type);
+  auto next = gradients.begin();
+  const auto take = [&](bool exists) { return exists ? dense_gradient(*next++, type) : Tensor(); };
+  const Tensor grad_weights = take(true);
+  const Tensor grad_score_sum = take(options.score_sum);
+  const Tensor grad_lse_square_sum = take(options.lse_square_sum);
+  const Tensor grad_shares = take(options.score_shares);
   kernels::RouterGradInput grad;
   grad.expert_idx = expert_idx.const_data_ptr<int32_t>();
   grad.grad_weights = data_or_null(grad_weights);
-  grad.grad_score_sum = options.score_sum ? data_or_null(grad_score_sum) : nullptr;
-  grad.grad_lse_square_sum = options.lse_square_sum ? data_or_null(grad_lse_square_sum) : nullptr;
-  grad.grad_score_shares = options.score_shares ? data_or_null(grad_shares) : nullptr;
+  grad.grad_score_sum = data_or_null(grad_score_sum);
+  grad.grad_lse_square_sum = data_or_null(grad_lse_square_sum);
+  grad.grad_score_shares = data_or_null(grad_shares);
   kernels::RouterOptions scores = options.scores;
   scores.num_groups = scores.topk_groups = 1;  // the selection is made
   const Tensor grad_logits = at::empty_like(logits);
@@ -81,20 +94,6 @@ Tensor route_logits_backward(const Tensor& logits, const Tensor& valid, const Te
                           kernel_type(type), kernel_input(logits, valid, {}), grad,
                           grad_logits.mutable_data_ptr(), stream_of(grad_logits, "top_k_gate"));
   return grad_logits;
-}
-
-LinearRouterOutput router_output(const std::vector<Tensor>& list,
-                                 const LinearRouterOptions& options) {
-  LinearRouterOutput output;
-  output.weights = list[kWeights];
-  output.expert_idx = list[kExpertIdx];
-  output.tokens_per_expert = list[kTokensPerExpert];
-  output.non_finite_tokens = list[kNonFinite];
-  output.entropy_sum = list[kEntropySum];
-  if (options.score_sum) output.score_sum = list[kScoreSum];
-  if (options.lse_square_sum) output.lse_square_sum = list[kLseSquareSum];
-  if (options.score_shares) output.score_shares = list[kScoreShares];
-  return output;
 }
 
 }  // namespace perseid::gates

@@ -32,12 +32,15 @@ Tensor row_lengths(const Tensor& offsets) {
   return offsets.slice(0, 1).sub(offsets.slice(0, 0, -1));
 }
 
+void require_countable(int64_t num_assignments) {
+  require(num_assignments <= std::numeric_limits<int32_t>::max(), "routing", "num_assignments",
+          num_assignments, "exceeds 2147483647; split the batch");
+}
+
 /// [T+1] int32 from [T] row lengths.
 Tensor offsets_of(const Tensor& lengths) {
   const Tensor ends = lengths.cumsum(0, at::kLong);
-  const int64_t total = ends.numel() == 0 ? 0 : ends[-1].item<int64_t>();
-  require(total <= std::numeric_limits<int32_t>::max(), "routing", "num_assignments", total,
-          "exceeds 2147483647; split the batch");
+  require_countable(ends.numel() == 0 ? 0 : ends[-1].item<int64_t>());
   return at::cat({at::zeros({1}, ends.options()), ends}).to(at::kInt);
 }
 
@@ -217,8 +220,7 @@ Tensor explicit_offsets(const Routing& routing) {
   require(routing.num_tokens >= 0 && routing.num_tokens <= std::numeric_limits<int32_t>::max(),
           "routing", "num_tokens", routing.num_tokens, "is outside [0, 2147483647]");
   const int64_t total = routing.num_tokens * routing.top_k;
-  require(total <= std::numeric_limits<int32_t>::max(), "routing", "num_assignments", total,
-          "exceeds 2147483647; split the batch");
+  require_countable(total);
   return at::arange(0, total + 1, routing.top_k, routing.expert_idx.options().dtype(at::kInt));
 }
 
@@ -275,24 +277,25 @@ void validate_without_wait(const Routing& routing, int64_t num_experts, const ch
 
 void validate_rows(const Routing& routing, int64_t num_experts, const char* operation) {
   validate_row_shapes(routing, num_experts, operation);
-  const int64_t T = routing.num_tokens, A = routing.num_assignments();
-  const std::vector<Tensor> host =
-      to_host({explicit_offsets(routing).contiguous(), routing.expert_idx.contiguous()});
-  const Tensor &offsets = host[0], &experts = host[1];
-  const int32_t* offset = offsets.const_data_ptr<int32_t>();
-  const int32_t* expert = experts.const_data_ptr<int32_t>();
-  require(offset[0] == 0 && offset[T] == A, operation, "token_offsets",
-          to_text(offset[0]) + ".." + to_text(offset[T]),
+  const int64_t T = routing.num_tokens, A = routing.num_assignments(), K = routing.top_k;
+  require_countable(A);
+  const std::vector<Tensor> host = to_host(
+      {routing.expert_idx.contiguous(), K > 0 ? Tensor() : routing.token_offsets.contiguous()});
+  const int32_t* const expert = host[0].const_data_ptr<int32_t>();
+  const int32_t* const offsets = K > 0 ? nullptr : host[1].const_data_ptr<int32_t>();
+  const auto offset = [&](int64_t t) -> int64_t { return K > 0 ? t * K : offsets[t]; };
+  require(offset(0) == 0 && offset(T) == A, operation, "token_offsets",
+          to_text(offset(0)) + ".." + to_text(offset(T)),
           "must run from 0 to the " + to_text(A) + " assignments");
   // Texts are made only for what is wrong: this runs over all assignments of every step.
   std::vector<int64_t> last_token(static_cast<size_t>(num_experts), -1);
   for (int64_t t = 0; t < T; ++t) {
-    if (offset[t] > offset[t + 1] || offset[t + 1] > A) {
-      require(false, operation, "token_offsets", offset[t + 1],
-              "is not between " + to_text(offset[t]) + " and " + to_text(A) + " at token " +
+    if (offset(t) > offset(t + 1) || offset(t + 1) > A) {
+      require(false, operation, "token_offsets", offset(t + 1),
+              "is not between " + to_text(offset(t)) + " and " + to_text(A) + " at token " +
                   to_text(t));
     }
-    for (int64_t a = offset[t]; a < offset[t + 1]; ++a) {
+    for (int64_t a = offset(t); a < offset(t + 1); ++a) {
       const int32_t e = expert[a];
       if (e < 0 || e >= num_experts) {
         require(false, operation, "expert_idx", e,

@@ -151,10 +151,15 @@ GateOutput TopKGate::forward(const GateInput& input) {
   output.stats.num_tokens = count_valid(input);
   output.stats.num_assignments = output.stats.num_tokens * top_k();
   output.stats.tokens_per_expert = routed.tokens_per_expert;
-  output.stats.unread = at::stack({routed.non_finite_tokens.to(at::kDouble), routed.entropy_sum});
   output.stats.tokens_with_one_expert = top_k() == 1 ? output.stats.num_tokens : 0;
   output.stats.max_experts_per_token = output.stats.num_tokens > 0 ? top_k() : 0;
-  if (!input.defer_counts || !is_on_device(input.tokens)) read_counts({&output.stats});
+  if (is_on_device(input.tokens)) {
+    output.stats.unread = at::stack({routed.non_finite_tokens.to(at::kDouble), routed.entropy_sum});
+    if (!input.defer_counts) read_counts({&output.stats});
+  } else {
+    output.stats.non_finite_tokens = *routed.non_finite_tokens.const_data_ptr<int64_t>();
+    output.stats.entropy_sum = *routed.entropy_sum.const_data_ptr<double>();
+  }
   output.routing.num_tokens = input.tokens.size(0);
   output.routing.top_k = top_k();
   output.routing.expert_idx = routed.expert_idx;

@@ -32,7 +32,8 @@ void check_tokens(const at::Tensor& tokens, const Experts& experts) {
   require(tokens.layout() == at::kStrided, kMoELayer, "tokens.layout", tokens.layout(),
           "is not Strided; call to_dense()");
   dtype_of(tokens, kMoELayer);
-  const auto parameters = experts.parameters();
+  auto parameters = experts.parameters(/*recurse=*/false);
+  if (parameters.empty()) parameters = experts.parameters();
   if (parameters.empty()) return;
   require(parameters.front().scalar_type() == tokens.scalar_type(), kMoELayer, "tokens.dtype",
           c10::toString(tokens.scalar_type()),

@@ -166,9 +166,12 @@ void plan_local(const Received& received, int64_t num_local_experts, LocalPlan& 
 namespace {
 
 /// One process: row t is token t, and nothing travels.
-std::shared_ptr<const RoutingPlan> device_plan_of_one(const gates::Routing& routing,
-                                                      int64_t num_experts) {
-  gates::validate_row_shapes(routing, num_experts, kMakeRoutingPlan);
+std::shared_ptr<const RoutingPlan> plan_of_one(const gates::Routing& routing, int64_t num_experts) {
+  if (gates::is_on_device(routing.expert_idx)) {
+    gates::validate_row_shapes(routing, num_experts, kMakeRoutingPlan);
+  } else {
+    gates::validate_rows(routing, num_experts, kMakeRoutingPlan);
+  }
   gates::Routing dense = routing;
   dense.expert_idx = routing.expert_idx.contiguous();
   if (dense.token_offsets.defined()) dense.token_offsets = routing.token_offsets.contiguous();
@@ -220,28 +223,34 @@ std::shared_ptr<const RoutingPlan> make_routing_plan(const gates::Routing& routi
   use_libtorch_threads();
   const Trace trace("perseid::make_routing_plan");
   const int num_ranks = group.size();
-  const bool is_device = gates::is_on_device(routing_in.expert_idx);
-  if (is_device && num_ranks == 1) {
-    require(placement.num_ranks() == 1, kMakeRoutingPlan, "placement.num_ranks",
-            placement.num_ranks(), "differs from the 1 ranks of the group");
-    return device_plan_of_one(routing_in, placement.num_experts());
-  }
+  const auto require_placement = [&] {
+    require(placement.num_ranks() == num_ranks, kMakeRoutingPlan, "placement.num_ranks",
+            placement.num_ranks(),
+            "differs from the " + to_text(num_ranks) + " ranks of the group");
+  };
   comm::CallSite site = options.site;
   if (!site.operation) site.operation = kMakeRoutingPlan;
+  // On the host tokens without an expert are left out, as with more ranks.
+  const bool is_device = gates::is_on_device(routing_in.expert_idx);
+  if (num_ranks == 1 && (is_device || routing_in.top_k > 0)) {
+    std::shared_ptr<const RoutingPlan> plan;
+    comm::before_exchange(comm::NextExchange::kCounts, group, site, [&] {
+      require_placement();
+      plan = plan_of_one(routing_in, placement.num_experts());
+    });
+    return plan;
+  }
   auto plan = std::make_shared<RoutingPlan>();
-  // With one rank every sum is formed in choice order already, and nothing travels.
-  const bool row_per_assignment = options.strict && num_ranks > 1;
   std::vector<Placed> sent;
   gates::Routing routing;
   comm::before_exchange(comm::NextExchange::kCounts, group, site, [&] {
     routing = host_integers(routing_in, options.on_host);
-    require(placement.num_ranks() == num_ranks, kMakeRoutingPlan, "placement.num_ranks",
-            placement.num_ranks(),
-            "differs from the " + to_text(num_ranks) + " ranks of the group");
+    require_placement();
     gates::validate_rows(routing, placement.num_experts(), kMakeRoutingPlan);
     plan->num_tokens = routing.num_tokens;
     plan->num_assignments = routing.num_assignments();
-    sent = plan_sends(routing, placement, num_ranks, row_per_assignment, *plan);
+    // With one rank every sum is formed in choice order already.
+    sent = plan_sends(routing, placement, num_ranks, options.strict && num_ranks > 1, *plan);
   });
 
   const auto ranks = static_cast<size_t>(num_ranks);
