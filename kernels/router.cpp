@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t kTokensPerBlock = 128;
 /// Fewer logits take less time than waking a thread.
-constexpr int64_t kLogitsPerThread = int64_t{1} << 13;
+constexpr int64_t kLogitsPerThread = int64_t{1} << 14;
 
 template <typename T>
 PERSEID_INLINE void skip_token(const RouteJob<T>& job, int64_t t) {

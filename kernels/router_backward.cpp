@@ -20,7 +20,7 @@
 namespace perseid::kernels {
 namespace {
 
-constexpr int64_t kLogitsPerThread = int64_t{1} << 13;
+constexpr int64_t kLogitsPerThread = int64_t{1} << 14;
 
 template <typename T>
 struct BackwardJob {

@@ -1,13 +1,13 @@
 #include "examples/bench/gates_bench.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <functional>
 #include <ostream>
 #include <vector>
 
 #include "examples/bench/gate_entrants.h"
+#include "examples/bench/place.h"
 #include "examples/bench/timing.h"
 #include "examples/common/json_lines.h"
 #include "examples/common/text.h"
@@ -138,7 +138,7 @@ void write(const GatesBenchOptions& options, const std::vector<Result>& results,
 
 void run_gates_bench(const GatesBenchOptions& options, std::ostream& out) {
   examples::JsonLines json(options.json);
-  at::set_num_threads(options.threads);
+  use_threads(options.threads);
   out << format_text("%d threads, %lld rounds in which each runs once; forward + backward\n",
                      options.threads, static_cast<long long>(options.repeats))
       << "gate share = gate alone / layer with its gate; speed-up = the same gate and layer with "

@@ -1,7 +1,6 @@
 #include "examples/bench/kernel_bench.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <ostream>
 
@@ -126,7 +125,7 @@ void require_close(const at::Tensor& actual, const at::Tensor& expected, double 
 void run_kernel_bench(const KernelBenchOptions& options, std::ostream& out) {
   examples::JsonLines json(options.json);
   const Place place(options.device);
-  at::set_num_threads(options.threads);
+  use_threads(options.threads);
   const double copy = copy_limit(place, options.repeats);
   out << format_text("%s, %d threads, %lld rounds; copy limit %.1f GB/s\n", place.name(),
                      options.threads, static_cast<long long>(options.repeats), copy)

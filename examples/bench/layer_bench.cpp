@@ -1,7 +1,6 @@
 #include "examples/bench/layer_bench.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -247,7 +246,7 @@ void print_summary(const std::vector<Result>& results, std::ostream& out) {
 void run_layer_bench(const LayerBenchOptions& options, std::ostream& out) {
   examples::JsonLines json(options.json);
   const Place place(options.device);
-  at::set_num_threads(options.threads);
+  use_threads(options.threads);
   out << format_text(
              "%s, %d threads, %lld rounds in which each contender runs once, %lld routings\n",
              place.name(), options.threads, static_cast<long long>(options.repeats),

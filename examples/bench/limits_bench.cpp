@@ -106,7 +106,7 @@ double copy_limit(const Place& place, int64_t repeats, int64_t bytes) {
 void run_limits_bench(const LimitsBenchOptions& options, std::ostream& out) {
   examples::JsonLines json(options.json);
   const Place place(options.device);
-  at::set_num_threads(options.threads);
+  use_threads(options.threads);
   out << format_text("%s, %d threads, %lld rounds\n", place.name(), options.threads,
                      static_cast<long long>(options.repeats))
       << "copy: bytes read and written / time, by all threads on the CPU; product: LibTorch's mm, "

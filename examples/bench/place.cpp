@@ -1,5 +1,6 @@
 #include "examples/bench/place.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/CachingDeviceAllocator.h>
 
@@ -9,6 +10,7 @@
 #include "examples/bench/timing.h"
 #include "gates/device.h"
 #include "kernels/device_memory.h"
+#include "moe/threads.h"
 
 namespace perseid::bench {
 namespace {
@@ -34,6 +36,11 @@ int64_t calls_for_timing(const Place& place, const std::function<void()>& run) {
 }
 
 }  // namespace
+
+void use_threads(int threads) {
+  at::set_num_threads(threads);
+  use_libtorch_threads();
+}
 
 Place::Place(kernels::Device device) : tensors_(tensors_of(device)) {
   if (device == kernels::Device::kCpu) return;

@@ -29,6 +29,9 @@ class Place {
   kernels::Stream stream_;
 };
 
+/// All that is timed on the CPU runs on so many threads, LibTorch's operations and our kernels.
+void use_threads(int threads);
+
 /// Milliseconds of one call of each contender in each of `rounds` rounds, as time_in_turns. On a
 /// GPU the clock of the host runs around so many calls that they take some milliseconds, until the
 /// GPU has done them; caches are not flushed.

@@ -1,7 +1,6 @@
 #include "examples/bench/sparse_bench.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/optim/adamw.h>
 
 #include <functional>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "examples/bench/kernel_bench.h"
+#include "examples/bench/place.h"
 #include "examples/bench/timing.h"
 #include "examples/common/json_lines.h"
 #include "examples/common/text.h"
@@ -19,7 +19,6 @@
 #include "moe/sparse_linear.h"
 #include "moe/sparse_optimizer.h"
 #include "moe/sparse_presets.h"
-#include "moe/threads.h"
 
 namespace perseid::bench {
 namespace {
@@ -386,8 +385,7 @@ void bench_blocks(const SparseBenchOptions& options, examples::JsonLines& json, 
 }  // namespace
 
 void run_sparse_bench(const SparseBenchOptions& options, std::ostream& out) {
-  at::set_num_threads(options.threads);
-  use_libtorch_threads();
+  use_threads(options.threads);
   at::manual_seed(options.seed);
   examples::JsonLines json(options.json);
   out << format_text("float32, %d threads, %lld rounds in which each contender runs once\n",

@@ -1,13 +1,13 @@
 #include "examples/bench/swap_bench.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <functional>
 #include <ostream>
 #include <vector>
 
 #include "examples/bench/gate_entrants.h"
+#include "examples/bench/place.h"
 #include "examples/bench/timing.h"
 #include "examples/common/json_lines.h"
 #include "examples/common/text.h"
@@ -62,7 +62,7 @@ void search_once(Entrant& entrant, const GateProblem& problem, const at::Tensor&
 }  // namespace
 
 void run_swap_bench(const GatesBenchOptions& options, std::ostream& out) {
-  at::set_num_threads(options.threads);
+  use_threads(options.threads);
   const LayerCase& shape = options.shape;
   const GateProblem problem = make_gate_problem(shape, options.seed);
   const at::Tensor target = at::randn({shape.num_tokens, shape.d_model});
