@@ -154,13 +154,15 @@ __device__ __forceinline__ void add_choice_terms(const BackwardJob<T>& job,
   T sum = 0, mean = 0;
   for (int64_t k = lane; k < job.top_k; k += kWarpSize) {
     const int32_t e = token.expert_idx[k];
-    if (!is_expert(e, job.num_experts)) continue;
-    const T term = score(token.row[e]);
-    sum += term;
-    mean += term * token.grad_weights[k];
+    if (is_expert(e, job.num_experts)) sum += score(token.row[e]);
   }
   sum = sum_of_warp(sum) + (is_softmax ? T{0} : T{1e-20});
-  mean = sum_of_warp(mean) / sum;
+  for (int64_t k = lane; k < job.top_k; k += kWarpSize) {
+    const int32_t e = token.expert_idx[k];
+    if (!is_expert(e, job.num_experts)) continue;
+    mean += score(token.row[e]) / sum * token.grad_weights[k];  // the gradient itself for K = 1
+  }
+  mean = sum_of_warp(mean);
   // Infinite scores that are normalized share by a convention.
   const bool is_convention =
       is_softmax ? is_infinite(max) && !is_nan(sum) : sum == std::numeric_limits<T>::infinity();

@@ -32,17 +32,27 @@ inline double median_ratio(const std::vector<double>& a, const std::vector<doubl
   return median(ratios);
 }
 
-/// Milliseconds of each contender in each of `rounds` rounds. All run once per round; every other
-/// round runs backwards, so that none always follows the same one.
+/// Who runs as number `place` of a round. None follows itself, as its data would still lie in the
+/// caches, and in `count` rounds of more than two each follows each other one, once or twice
+/// (Williams 1949).
+inline size_t turn_of(size_t count, int64_t round, size_t place) {
+  if (count <= 2) return place;
+  const size_t first = place % 2 == 1 ? (place + 1) / 2 : (count - place / 2) % count;
+  const auto shift = static_cast<size_t>(round) % count;
+  return (first + shift) % count;
+}
+
+/// Milliseconds of each contender in each of `rounds` rounds, after `warmup_rounds`. All run once
+/// per round, in the order of turn_of.
 inline std::vector<std::vector<double>> time_in_turns(
     const std::vector<std::function<void()>>& contenders, int64_t warmup_rounds, int64_t rounds) {
   std::vector<std::vector<double>> ms(contenders.size());
-  for (int64_t round = -warmup_rounds; round < rounds; ++round) {
+  for (int64_t round = 0; round < warmup_rounds + rounds; ++round) {
     for (size_t i = 0; i < contenders.size(); ++i) {
-      const size_t turn = round % 2 == 0 ? i : contenders.size() - 1 - i;
+      const size_t turn = turn_of(contenders.size(), round, i);
       const double start = now_ms();
       contenders[turn]();
-      if (round >= 0) ms[turn].push_back(now_ms() - start);
+      if (round >= warmup_rounds) ms[turn].push_back(now_ms() - start);
     }
   }
   return ms;

@@ -1,6 +1,7 @@
 // route_backward on a device against route_backward_reference; the result held NaN before.
 //   Terms       each gradient alone and all of them, each score function, normalised or not, masked
 //   Sizes       E = 1 .. 1500, K = 1 .. E, T = 0, 1, 37
+//   OneNormalizedChoice  has gradient 0, not one near it
 //   NotNumbers  rows with NaN and infinities
 //   NoExpert    choices of -1 and out of range give nothing
 #include "tests/kernels/device_router_fixture.h"
@@ -84,6 +85,19 @@ TEST_F(DeviceRouterBackward, Sizes) {
   }
   const auto at = normal_case<float>(37, 64, 8);
   compare(at, gradients(at, kAll));
+}
+
+TEST_F(DeviceRouterBackward, OneNormalizedChoiceHasNoGradient) {
+  const auto expect_zeros = [&](auto at) {
+    for (const auto score : kScoreFunctions) {
+      at.options = {score, true, 2.5};
+      for (const auto grad : backward_on_device(at, gradients(at, kWeights), stream())) {
+        ASSERT_EQ(grad, 0) << at.name();
+      }
+    }
+  };
+  expect_zeros(normal_case<float>(37, 9, 1));
+  expect_zeros(normal_case<double>(37, 9, 1));
 }
 
 TEST_F(DeviceRouterBackward, NotNumbers) {
