@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <c10/core/InferenceMode.h>
 
 #include "gates/linear_product.h"
 #include "kernels/error.h"
@@ -23,7 +24,11 @@ kernels::RouterInput kernel_input(const Tensor& logits, const Tensor& valid,
 }  // namespace
 
 Tensor or_empty(const Tensor& tensor) {
-  return tensor.defined() ? tensor : at::empty({0}, at::kFloat);
+  static const Tensor* const none = [] {
+    const c10::InferenceMode off(false);  // a graph may keep it
+    return new Tensor(at::empty({0}, at::kFloat));
+  }();
+  return tensor.defined() ? tensor : *none;
 }
 Tensor or_undefined(const Tensor& tensor) { return tensor.numel() > 0 ? tensor : Tensor(); }
 

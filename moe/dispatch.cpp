@@ -105,6 +105,11 @@ struct Linear : torch::autograd::Function<Linear<Forward, Transpose>> {
   }
 };
 
+/// Nothing travels and no row changes its place: no node of the graph is needed.
+bool stays(const at::Tensor& order, const Pipe& pipe) {
+  return pipe.group.size() == 1 && !order.defined();
+}
+
 using Dispatch = Linear<&dispatch_rows, &combine_rows>;
 using Combine = Linear<&combine_rows, &dispatch_rows>;
 using DispatchWeights = Linear<&send_weights, &return_weights>;
@@ -136,20 +141,25 @@ c10::intrusive_ptr<Pipe> make_pipe(const at::Tensor& rows, const PlanPtr& plan,
 at::Tensor dispatch(const at::Tensor& tokens, const PlanPtr& plan, const comm::Group& group,
                     comm::CallSite site) {
   const auto num_rows = [](const RoutingPlan& p) { return p.num_tokens; };
-  return Dispatch::apply(tokens, make_pipe(tokens, plan, num_rows, group, site, "dispatch"));
+  const auto pipe = make_pipe(tokens, plan, num_rows, group, site, "dispatch");
+  if (stays(plan->token_of_row, *pipe)) return tokens.contiguous();
+  return Dispatch::apply(tokens, pipe);
 }
 
 at::Tensor combine(const at::Tensor& rows, const PlanPtr& plan, const comm::Group& group,
                    comm::CallSite site) {
   const auto num_rows = [](const RoutingPlan& p) { return p.local.num_rows; };
-  return Combine::apply(rows, make_pipe(rows, plan, num_rows, group, site, "combine"));
+  const auto pipe = make_pipe(rows, plan, num_rows, group, site, "combine");
+  if (stays(plan->token_rows, *pipe)) return rows.contiguous();
+  return Combine::apply(rows, pipe);
 }
 
 at::Tensor dispatch_weights(const at::Tensor& weights, const PlanPtr& plan,
                             const comm::Group& group, comm::CallSite site) {
   const auto num_rows = [](const RoutingPlan& p) { return p.num_assignments; };
-  return DispatchWeights::apply(
-      weights, make_pipe(weights, plan, num_rows, group, site, "dispatch_weights"));
+  const auto pipe = make_pipe(weights, plan, num_rows, group, site, "dispatch_weights");
+  if (stays(plan->assignment_order, *pipe)) return weights.contiguous();
+  return DispatchWeights::apply(weights, pipe);
 }
 
 }  // namespace perseid

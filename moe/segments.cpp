@@ -89,11 +89,17 @@ at::Tensor StackedGradient::part(const Segment& segment) const {
 }
 
 at::Tensor StackedGradient::finish() {
+  std::vector<int64_t> experts;
   for (size_t e = 0; e < further_.size(); ++e) {
-    for (const at::Tensor& part : further_[e]) {
-      total_.select(0, static_cast<int64_t>(e)).add_(part);
-    }
+    if (!further_[e].empty()) experts.push_back(static_cast<int64_t>(e));
   }
+  kernels::parallel_tasks(static_cast<int64_t>(experts.size()), [&](int64_t task) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    const at::NoGradGuard no_grad;
+    const int64_t e = experts[static_cast<size_t>(task)];
+    const at::Tensor total = total_.select(0, e);
+    for (const at::Tensor& part : further_[static_cast<size_t>(e)]) total.add_(part);
+  });
   return total_;
 }
 
