@@ -7,7 +7,7 @@
 
 namespace perseid {
 
-// Texts for checks that mostly hold, in every step: streams would cost ten times as much.
+// Texts for checks that mostly hold, in every step, without the streams of to_text for any value.
 inline std::string to_text(at::IntArrayRef sizes) {
   std::string text = "[";
   for (size_t i = 0; i < sizes.size(); ++i) {

@@ -33,7 +33,7 @@ void require_by_expert(const char* operation, const char* argument, const at::Te
 at::Tensor scaled_counts(const at::Tensor& counts, double scale, at::Device device) {
   const bool is_plain = counts.is_cpu() && device.is_cpu() && counts.is_contiguous() &&
                         counts.scalar_type() == at::kLong;
-  if (!is_plain) return counts.to(device, at::kDouble).mul_(scale);
+  if (!is_plain) return counts.to(device, at::kDouble).mul(scale).contiguous();
   at::Tensor scaled = at::empty(counts.sizes(), at::kDouble);
   const int64_t* const source = counts.const_data_ptr<int64_t>();
   double* const target = scaled.mutable_data_ptr<double>();
@@ -81,7 +81,7 @@ at::Tensor scaled_slope(const at::Tensor& sum, const at::Tensor& slope, double f
 }
 
 /// linear_sum with its gradient: one node of the graph where LibTorch's operations make four, in
-/// every step of every layer, and on the CPU none of them is called.
+/// every step of every layer.
 struct LinearSum : torch::autograd::Function<LinearSum> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& sum,
                             const at::Tensor& slope, double factor) {

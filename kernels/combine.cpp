@@ -95,7 +95,7 @@ template <typename T>
 PERSEID_INLINE void add_two(const T* a, const T* b, int64_t width, T* out) {
   using A = Accumulate<T>;
 #pragma omp simd
-  for (int64_t i = 0; i < width; ++i) store(out + i, A{load(a + i)} + A{load(b + i)});
+  for (int64_t i = 0; i < width; ++i) store(out + i, A{0} + load(a + i) + load(b + i));
 }
 
 template <typename T>

@@ -39,12 +39,14 @@ const BFloat16* row_at(const GemmOperand& x, int64_t row) {
   return x.data + (x.row_of ? x.row_of[row] : row) * x.stride;
 }
 
-/// Asks for rows [begin, end) of a gathered operand, whose order the hardware cannot foresee.
-void prefetch_rows(const GemmOperand& x, int64_t begin, int64_t end, int64_t width) {
+/// Asks for columns [left, right) of `count` rows from `first` on of a gathered operand of
+/// `num_rows`, whose order the hardware cannot foresee.
+void prefetch_rows(const GemmOperand& x, int64_t first, int64_t count, int64_t num_rows,
+                   int64_t left, int64_t right) {
   if (x.row_of == nullptr) return;
-  for (int64_t row = begin; row < end; ++row) {
+  for (int64_t row = first; row < std::min(num_rows, first + count); ++row) {
     const BFloat16* const start = row_at(x, row);
-    for (int64_t i = 0; i < width; i += 32) __builtin_prefetch(start + i);  // 32: a cache line
+    for (int64_t i = left; i < right; i += 32) __builtin_prefetch(start + i);  // 32: a cache line
   }
 }
 
@@ -108,7 +110,7 @@ PERSEID_BF16_TARGET inline void transpose_words(__m512i (&r)[16]) {
 PERSEID_BF16_TARGET void pack_rows(const GemmOperand& b, int64_t n, int64_t k, uint32_t* words) {
   const int64_t pairs = ceil_div(k, 2);
   for (int64_t pair = 0; pair < pairs; ++pair) {
-    prefetch_rows(b, std::min(k, 2 * pair + kRowsAhead), std::min(k, 2 * pair + kRowsAhead + 2), n);
+    prefetch_rows(b, 2 * pair + kRowsAhead, 2, k, 0, n);
     const BFloat16* first = row_at(b, 2 * pair);
     const BFloat16* second = 2 * pair + 1 < k ? row_at(b, 2 * pair + 1) : nullptr;
     for (int64_t column = 0; column < n; column += kPanel) {
@@ -151,9 +153,7 @@ PERSEID_BF16_TARGET void pack_a(const GemmOperand& a, int64_t top, int64_t botto
                                 uint32_t* words) {
   const int64_t rows = bottom - top;
   for (int64_t p = 0; 2 * p < k; ++p) {
-    if (top == 0) {
-      prefetch_rows(a, std::min(k, 2 * p + kRowsAhead), std::min(k, 2 * p + kRowsAhead + 2), rows);
-    }
+    prefetch_rows(a, 2 * p + kRowsAhead, 2, k, top, bottom);
     interleave(row_at(a, 2 * p) + top, 2 * p + 1 < k ? row_at(a, 2 * p + 1) + top : nullptr, rows,
                words + p * rows);
   }
@@ -302,7 +302,7 @@ void gemm_bf16(int64_t m, int64_t n, int64_t k, const GemmOperand& a, const Gemm
         for (int64_t row = top; row < bottom; row += kTileRows) {
           const int64_t rows = std::min(kTileRows, bottom - row);
           if (!a.transposed && column == 0 && begin == 0) {
-            prefetch_rows(a, row + rows, std::min(bottom, row + rows + kTileRows), k);
+            prefetch_rows(a, row + rows, kTileRows, bottom, 0, k);
           }
           for (int64_t i = 0; i < rows; ++i) {
             from.rows[i] = row_start(row + i) + begin * from.step;

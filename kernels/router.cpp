@@ -45,6 +45,14 @@ PERSEID_INLINE void take_choices(const RouteJob<T>& job, int64_t t, const int32_
   }
 }
 
+template <typename T>
+PERSEID_INLINE void sum_entropy(const RouteJob<T>& job, int64_t begin, int64_t end,
+                                BlockSums& sums) {
+  if (job.output.entropy_sum == nullptr) return;
+  const int64_t top_k = job.shape.top_k;
+  sums.entropy_sum = entropy_of(job.weights + begin * top_k, (end - begin) * top_k);
+}
+
 /// One thread's working memory for tokens in lanes.
 struct LaneScratch {
   explicit LaneScratch(const RouterShape& shape)
@@ -72,8 +80,9 @@ PERSEID_INLINE void write_lane(const RouteJob<float>& job, int64_t t, int64_t la
 
 /// route_row for kLanes tokens at a time, one in each lane. What a token gets does not depend on
 /// those beside it.
-PERSEID_INLINE void route_lanes(const RouteJob<float>& job, int64_t begin, int64_t end,
-                                RowScratch<float>& scratch, LaneScratch& lanes, BlockSums& sums) {
+PERSEID_SIMD_CLONES void route_lanes(const RouteJob<float>& job, int64_t begin, int64_t end,
+                                     RowScratch<float>& scratch, LaneScratch& lanes,
+                                     BlockSums& sums) {
   const int64_t num_experts = job.shape.num_experts;
   LaneRows& rows = lanes.rows;
   double* const score_sums = lanes.score_sums.data();
@@ -114,15 +123,13 @@ PERSEID_INLINE void route_lanes(const RouteJob<float>& job, int64_t begin, int64
   for (int64_t e = 0; e < num_experts; ++e) {
     for (int64_t l = 0; l < kLanes; ++l) sums.score_sum[e] += score_sums[e * kLanes + l];
   }
+  sum_entropy(job, begin, end, sums);
 }
 
 template <typename T>
-PERSEID_SIMD_CLONES void route_block(const RouteJob<T>& job, int64_t begin, int64_t end,
-                                     RowScratch<T>& scratch, LaneScratch* lanes, BlockSums& sums) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (lanes != nullptr) route_lanes(job, begin, end, scratch, *lanes, sums);
-  }
-  for (int64_t t = begin; lanes == nullptr && t < end; ++t) {
+PERSEID_SIMD_CLONES void route_rows(const RouteJob<T>& job, int64_t begin, int64_t end,
+                                    RowScratch<T>& scratch, BlockSums& sums) {
+  for (int64_t t = begin; t < end; ++t) {
     if (is_valid(job.input, t)) {
       route_row(job, t, scratch, sums);
       take_choices(job, t, scratch.expert_idx.data(), 1, sums);
@@ -130,10 +137,16 @@ PERSEID_SIMD_CLONES void route_block(const RouteJob<T>& job, int64_t begin, int6
       skip_token(job, t);
     }
   }
-  if (job.output.entropy_sum != nullptr) {
-    const int64_t top_k = job.shape.top_k;
-    sums.entropy_sum = entropy_of(job.weights + begin * top_k, (end - begin) * top_k);
+  sum_entropy(job, begin, end, sums);
+}
+
+template <typename T>
+void route_block(const RouteJob<T>& job, int64_t begin, int64_t end, RowScratch<T>& scratch,
+                 LaneScratch* lanes, BlockSums& sums) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (lanes != nullptr) return route_lanes(job, begin, end, scratch, *lanes, sums);
   }
+  route_rows(job, begin, end, scratch, sums);
 }
 
 /// A bias or groups make other keys than the logits: such rows are read one by one.

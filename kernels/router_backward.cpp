@@ -50,23 +50,6 @@ struct Scratch {
   std::vector<T> choices;      ///< scores of the choices
 };
 
-/// No NaN and a finite maximum: no exception to the formulas.
-template <typename T>
-PERSEID_INLINE bool is_plain(const T* z, int64_t count, T& max) {
-  using Key = UnsignedKey<T>;
-  SignedKey<T> max_key = kLowestKey<T>;
-  Key max_magnitude = 0;
-#pragma omp simd reduction(max : max_key, max_magnitude)
-  for (int64_t e = 0; e < count; ++e) {
-    const Key magnitude = std::bit_cast<Key>(z[e]) & static_cast<Key>(~kSignBit<T>);
-    const SignedKey<T> key = signed_key(z[e]);
-    max_key = key > max_key ? key : max_key;
-    max_magnitude = magnitude > max_magnitude ? magnitude : max_magnitude;
-  }
-  max = value_of_key<T>(max_key);
-  return max_magnitude <= kInfinityBits<T> && std::isfinite(max);
-}
-
 PERSEID_INLINE bool is_expert(int32_t e, int64_t num_experts) { return e >= 0 && e < num_experts; }
 
 /// Softmax over all experts: p_e (h_e - sum of p h + 2 lse dlse), where h is the gradient of p_e.
@@ -171,8 +154,10 @@ PERSEID_INLINE void backward_row(const BackwardJob<T>& job, int64_t t, Scratch<T
     }
     grad_shares = sum;
   }
-  T max;
-  if (!is_plain(z, num_experts, max)) {
+  const auto pass = [](int64_t, SignedKey<T>) __attribute__((always_inline)){};
+  const RowFacts<T> facts = read_row(z, num_experts, pass);
+  const T max = facts.max;
+  if (!facts.is_plain) {
     const TokenGrad<T> grad{expert_idx, grad_weights, grad_shares, job.grad_lse_square_sum};
     return route_token_backward(job.shape, job.options, z, grad, grad_logits);
   }

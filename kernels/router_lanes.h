@@ -1,5 +1,4 @@
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -116,13 +115,12 @@ PERSEID_INLINE void read_lanes(const float* logits, int64_t num_experts, int64_t
     store_keys(max_key, max_keys + half);
     store_keys(max_magnitude, magnitudes + half);
   }
-  constexpr auto kInfinity = static_cast<int32_t>(kInfinityBits<float>);
   rows.plain = rows.non_finite = 0;
   for (int64_t l = 0; l < kLanes; ++l) {
-    rows.max[l] = value_of_key<float>(max_keys[l]);
-    const bool is_plain = magnitudes[l] <= kInfinity && std::isfinite(rows.max[l]);
-    rows.plain |= static_cast<uint32_t>(is_plain) << l;
-    rows.non_finite |= static_cast<uint32_t>(magnitudes[l] >= kInfinity) << l;
+    const auto facts = facts_of<float>(max_keys[l], static_cast<uint32_t>(magnitudes[l]));
+    rows.max[l] = facts.max;
+    rows.plain |= static_cast<uint32_t>(facts.is_plain) << l;
+    rows.non_finite |= static_cast<uint32_t>(facts.is_non_finite) << l;
   }
   rows.plain &= used;
   rows.non_finite &= used;

@@ -1,6 +1,5 @@
 #pragma once
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <vector>
 
@@ -66,35 +65,6 @@ struct BlockSums {
   double entropy_sum = 0;
   int64_t non_finite_tokens = 0;
 };
-
-template <typename T>
-struct RowFacts {
-  T max;
-  bool is_non_finite;
-  bool is_plain;  ///< no NaN and a finite maximum
-};
-
-/// Copies a row into whole lanes and makes its keys.
-template <typename T>
-PERSEID_INLINE RowFacts<T> read_row(const T* logits, int64_t num_experts, RowScratch<T>& scratch) {
-  using Key = UnsignedKey<T>;
-  T* const z = scratch.logits.data();
-  SignedKey<T>* const keys = scratch.keys.data();
-  SignedKey<T> max_key = kLowestKey<T>;
-  Key max_magnitude = 0;
-#pragma omp simd reduction(max : max_key, max_magnitude)
-  for (int64_t e = 0; e < num_experts; ++e) {
-    const Key magnitude = std::bit_cast<Key>(logits[e]) & static_cast<Key>(~kSignBit<T>);
-    const SignedKey<T> key = signed_key(logits[e]);
-    z[e] = logits[e];
-    keys[e] = key;
-    max_key = key > max_key ? key : max_key;
-    max_magnitude = magnitude > max_magnitude ? magnitude : max_magnitude;
-  }
-  const T max = value_of_key<T>(max_key);
-  const bool has_nan = max_magnitude > kInfinityBits<T>;
-  return {max, max_magnitude >= kInfinityBits<T>, !has_nan && std::isfinite(max)};
-}
 
 /// Larger logits first, then smaller ids: the order of choices that a bias has selected.
 template <typename T>
@@ -180,8 +150,14 @@ PERSEID_INLINE void route_row(const RouteJob<T>& job, int64_t t, RowScratch<T>& 
   const bool has_bias = job.input.expert_bias != nullptr;
   const bool has_groups = job.options.num_groups > 1;
   int32_t* const expert_idx = scratch.expert_idx.data();
-  const T* const z = scratch.logits.data();
-  const RowFacts<T> facts = read_row(job.logits + t * num_experts, num_experts, scratch);
+  const T* const logits = job.logits + t * num_experts;
+  T* const z = scratch.logits.data();
+  SignedKey<T>* const keys = scratch.keys.data();
+  const auto keep = [&](int64_t e, SignedKey<T> key) __attribute__((always_inline)) {
+    z[e] = logits[e];  // into whole lanes
+    keys[e] = key;
+  };
+  const RowFacts<T> facts = read_row(logits, num_experts, keep);
   sums.non_finite_tokens += facts.is_non_finite;
   if (!facts.is_plain) return route_exception(job, t, scratch, sums);
 

@@ -1,5 +1,7 @@
 #pragma once
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -8,7 +10,8 @@
 #include "kernels/ordered_key.h"
 #include "kernels/simd.h"
 
-// The K largest of one row of keys, in order; equal keys by smaller index. Private to this folder.
+// One row of logits as keys, and the K largest of them, in order; equal keys by smaller index.
+// Private to this folder.
 
 namespace perseid::kernels {
 
@@ -19,6 +22,39 @@ inline constexpr int64_t kLanes = 16;
 /// can be taken off.
 template <typename T>
 inline constexpr SignedKey<T> kLowestKey = std::numeric_limits<SignedKey<T>>::lowest() + 1;
+
+/// What decides whether the formulas hold for a row of logits.
+template <typename T>
+struct RowFacts {
+  T max;
+  bool is_non_finite;  ///< a NaN or an infinity
+  bool is_plain;       ///< no NaN and a finite maximum: no exception to the formulas
+};
+
+/// @param max_magnitude  the largest, as bits without the sign
+template <typename T>
+PERSEID_INLINE RowFacts<T> facts_of(SignedKey<T> max_key, UnsignedKey<T> max_magnitude) {
+  const T max = value_of_key<T>(max_key);
+  return {max, max_magnitude >= kInfinityBits<T>,
+          max_magnitude <= kInfinityBits<T> && std::isfinite(max)};
+}
+
+/// Calls visit(e, key) for each logit, in a loop that vectorises.
+template <typename T, typename Visit>
+PERSEID_INLINE RowFacts<T> read_row(const T* z, int64_t count, Visit visit) {
+  SignedKey<T> max_key = kLowestKey<T>;
+  UnsignedKey<T> max_magnitude = 0;
+#pragma omp simd reduction(max : max_key, max_magnitude)
+  for (int64_t e = 0; e < count; ++e) {
+    const UnsignedKey<T> magnitude =
+        std::bit_cast<UnsignedKey<T>>(z[e]) & static_cast<UnsignedKey<T>>(~kSignBit<T>);
+    const SignedKey<T> key = signed_key(z[e]);
+    visit(e, key);
+    max_key = key > max_key ? key : max_key;
+    max_magnitude = magnitude > max_magnitude ? magnitude : max_magnitude;
+  }
+  return facts_of<T>(max_key, max_magnitude);
+}
 
 /// Aligned memory in whole lanes; filled with what padding needs, -inf or the lowest key.
 template <typename T>

@@ -105,35 +105,39 @@ struct Linear : torch::autograd::Function<Linear<Forward, Transpose>> {
   }
 };
 
-/// Nothing travels and no row changes its place: no node of the graph is needed.
-bool stays(const at::Tensor& order, const Pipe& pipe) {
-  return pipe.group.size() == 1 && !order.defined();
-}
-
 using Dispatch = Linear<&dispatch_rows, &combine_rows>;
 using Combine = Linear<&combine_rows, &dispatch_rows>;
 using DispatchWeights = Linear<&send_weights, &return_weights>;
 
-/// Checks the arguments of one of the three operations; what is wrong reaches the peers as well.
-/// @param expected  how many rows the plan has of this kind
-c10::intrusive_ptr<Pipe> make_pipe(const at::Tensor& rows, const PlanPtr& plan,
-                                   int64_t (*expected)(const RoutingPlan&),
-                                   const comm::Group& group, comm::CallSite site,
-                                   const char* operation) {
-  if (!site.operation) site.operation = operation;
+/// What one of the three operations works with.
+struct Operation {
+  const char* name;
+  int64_t (*num_rows)(const RoutingPlan&);  ///< that it takes
+  at::Tensor RoutingPlan::*order;           ///< of the rows; undefined: they keep their places
+};
+
+/// Checks the arguments, of which what is wrong reaches the peers as well, and applies Function.
+/// With one rank rows that keep their places stay where they are, without a node of the graph.
+template <typename Function>
+at::Tensor run(const Operation& operation, const at::Tensor& rows, const PlanPtr& plan,
+               const comm::Group& group, comm::CallSite site) {
+  const char* const name = operation.name;
+  if (!site.operation) site.operation = name;
   comm::before_exchange(comm::NextExchange::kRows, group, site, [&] {
-    require(plan != nullptr, operation, "plan", "null", "is none; make_routing_plan makes it");
-    require(plan->rows.send_rows.size() == static_cast<size_t>(group.size()), operation,
-            "plan.ranks", plan->rows.send_rows.size(),
+    require(plan != nullptr, name, "plan", "null", "is none; make_routing_plan makes it");
+    require(plan->rows.send_rows.size() == static_cast<size_t>(group.size()), name, "plan.ranks",
+            plan->rows.send_rows.size(),
             "differs from the " + to_text(group.size()) + " ranks of the group");
-    require(rows.defined() && rows.dim() == 2, operation, "dim", rows.defined() ? rows.dim() : -1,
+    require(rows.defined() && rows.dim() == 2, name, "dim", rows.defined() ? rows.dim() : -1,
             "is not 2; pass rows of one width");
-    require(rows.size(0) == expected(*plan), operation, "rows", rows.size(0),
-            "differs from " + to_text(expected(*plan)) + " rows of the plan");
-    gates::stream_of(rows, operation);  // throws for devices without kernels
-    dtype_of(rows, operation);
+    const int64_t expected = operation.num_rows(*plan);
+    require(rows.size(0) == expected, name, "rows", rows.size(0),
+            "differs from " + to_text(expected) + " rows of the plan");
+    gates::stream_of(rows, name);  // throws for devices without kernels
+    dtype_of(rows, name);
   });
-  return c10::make_intrusive<Pipe>(plan, group, site);
+  if (group.size() == 1 && !((*plan).*operation.order).defined()) return rows.contiguous();
+  return Function::apply(rows, c10::make_intrusive<Pipe>(plan, group, site));
 }
 
 }  // namespace
@@ -141,25 +145,21 @@ c10::intrusive_ptr<Pipe> make_pipe(const at::Tensor& rows, const PlanPtr& plan,
 at::Tensor dispatch(const at::Tensor& tokens, const PlanPtr& plan, const comm::Group& group,
                     comm::CallSite site) {
   const auto num_rows = [](const RoutingPlan& p) { return p.num_tokens; };
-  const auto pipe = make_pipe(tokens, plan, num_rows, group, site, "dispatch");
-  if (stays(plan->token_of_row, *pipe)) return tokens.contiguous();
-  return Dispatch::apply(tokens, pipe);
+  return run<Dispatch>({"dispatch", num_rows, &RoutingPlan::token_of_row}, tokens, plan, group,
+                       site);
 }
 
 at::Tensor combine(const at::Tensor& rows, const PlanPtr& plan, const comm::Group& group,
                    comm::CallSite site) {
   const auto num_rows = [](const RoutingPlan& p) { return p.local.num_rows; };
-  const auto pipe = make_pipe(rows, plan, num_rows, group, site, "combine");
-  if (stays(plan->token_rows, *pipe)) return rows.contiguous();
-  return Combine::apply(rows, pipe);
+  return run<Combine>({"combine", num_rows, &RoutingPlan::token_rows}, rows, plan, group, site);
 }
 
 at::Tensor dispatch_weights(const at::Tensor& weights, const PlanPtr& plan,
                             const comm::Group& group, comm::CallSite site) {
   const auto num_rows = [](const RoutingPlan& p) { return p.num_assignments; };
-  const auto pipe = make_pipe(weights, plan, num_rows, group, site, "dispatch_weights");
-  if (stays(plan->assignment_order, *pipe)) return weights.contiguous();
-  return DispatchWeights::apply(weights, pipe);
+  return run<DispatchWeights>({"dispatch_weights", num_rows, &RoutingPlan::assignment_order},
+                              weights, plan, group, site);
 }
 
 }  // namespace perseid

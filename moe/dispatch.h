@@ -11,11 +11,11 @@ namespace perseid {
 using PlanPtr = std::shared_ptr<const RoutingPlan>;
 
 // All three are collective over `group` (with 0 rows too), differentiable, and keep only the plan
-// for the backward. combine is the transpose of dispatch: the backward of each is the other. For
+// for the backward. combine is the transpose of dispatch: the backward of each is the other. With
+// one rank, rows that need not change their places are returned as they are, if contiguous. For
 // arguments that do not fit, also on one rank alone, every rank throws ConfigError.
 
-/// Rows of tokens at the ranks of their experts. @param tokens [T, D] @return [N, D]; with one rank
-/// and a row for every token it is `tokens` itself, no copy.
+/// Rows of tokens at the ranks of their experts. @param tokens [T, D] @return [N, D]
 at::Tensor dispatch(const at::Tensor& tokens, const PlanPtr& plan, const comm::Group& group,
                     comm::CallSite site = {});
 

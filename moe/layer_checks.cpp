@@ -32,7 +32,7 @@ void check_tokens(const at::Tensor& tokens, const Experts& experts) {
   require(tokens.layout() == at::kStrided, kMoELayer, "tokens.layout", tokens.layout(),
           "is not Strided; call to_dense()");
   dtype_of(tokens, kMoELayer);
-  auto parameters = experts.parameters(/*recurse=*/false);
+  auto parameters = experts.parameters(/*recurse=*/false);  // modules as experts have none here
   if (parameters.empty()) parameters = experts.parameters();
   if (parameters.empty()) return;
   require(parameters.front().scalar_type() == tokens.scalar_type(), kMoELayer, "tokens.dtype",

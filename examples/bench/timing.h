@@ -33,8 +33,7 @@ inline double median_ratio(const std::vector<double>& a, const std::vector<doubl
 }
 
 /// Who runs as number `place` of a round. None follows itself, as its data would still lie in the
-/// caches, and in `count` rounds of more than two each follows each other one, once or twice
-/// (Williams 1949).
+/// caches, and with an even count of contenders each follows each other one (Williams 1949).
 inline size_t turn_of(size_t count, int64_t round, size_t place) {
   if (count <= 2) return place;
   const size_t first = place % 2 == 1 ? (place + 1) / 2 : (count - place / 2) % count;

@@ -4,6 +4,8 @@
 //   Monotone        the more tokens and score move to one expert, the larger the loss
 //   GradientFormula dL/dz_tj = (c E / T) p_tj (f_j - sum_i f_i p_ti)
 //   ZLoss           zero logits: ln(E)^2; gradient 2 c / T lse softmax(z)
+//   OtherTensors    strided, narrow and double ones give the same
+//   SecondDerivative  through the gradient of the loss
 //   NoTokens        0 and a zero gradient, not NaN
 #include "gates/losses.h"
 
@@ -85,6 +87,40 @@ TEST(LoadBalanceLoss, GradientFormula) {
   EXPECT_TRUE(close_to(logits.grad(), expected, 1e-13));
   EXPECT_FALSE(loss.raw.requires_grad());
   EXPECT_NEAR(loss.raw.item<double>() * coeff, loss.value.item<double>(), 1e-14);
+}
+
+TEST(LoadBalanceLoss, OtherTensors) {
+  // Strided counts, sums that are strided or narrow, and counts in double, which stay as they are.
+  const int64_t T = 37, E = 5;
+  const Tensor counts = at::tensor({10, 4, 37, 20, 3}, at::kLong);
+  const Tensor sums = random_tensor({E}, 1, 0, 1);
+  const auto value = [&](const Tensor& score_sum, const Tensor& of_tokens) {
+    return gates::load_balance_loss(terms_of(score_sum, of_tokens, .3, 2), of_tokens, T).value;
+  };
+  const Tensor expected = value(sums, counts);
+  const Tensor strided_counts = at::stack({counts, counts + 9}, 1).select(1, 0);
+  const Tensor strided_sums = at::stack({sums, sums + 9}, 1).select(1, 0);
+  const Tensor wide = counts.to(at::kDouble);
+  EXPECT_TRUE(close_to(value(sums, strided_counts), expected, 1e-15));
+  EXPECT_TRUE(close_to(value(strided_sums, counts), expected, 1e-15));
+  EXPECT_TRUE(close_to(value(sums, wide), expected, 1e-15));
+  EXPECT_TRUE(same_bits(wide, counts.to(at::kDouble)));
+  const Tensor narrow = sums.to(at::kBFloat16);
+  EXPECT_TRUE(
+      close_to(value(narrow, counts), value(narrow.to(at::kDouble), counts).to(at::kBFloat16), 0));
+}
+
+TEST(LoadBalanceLoss, SecondDerivative) {
+  // The loss is linear: its gradient, times a factor with a gradient, passes that on.
+  const Tensor counts = at::tensor({10, 4, 37, 20, 3}, at::kLong);
+  const Tensor sums = random_tensor({5}, 1, 0, 1).set_requires_grad(true);
+  const Tensor factor = at::full({}, 2.0, at::kDouble).set_requires_grad(true);
+  const Tensor loss = gates::load_balance_loss(terms_of(sums, counts, .3, 2), counts, 37).value;
+  const Tensor slope = torch::autograd::grad({loss}, {sums}, {}, true)[0];
+  const Tensor with_graph = torch::autograd::grad({loss * factor}, {sums}, {}, true, true)[0];
+  EXPECT_TRUE(close_to(with_graph.detach(), slope * 2, 1e-15));
+  const Tensor of_factor = torch::autograd::grad({with_graph.sum()}, {factor})[0];
+  EXPECT_TRUE(close_to(of_factor, slope.sum(), 1e-15));
 }
 
 TEST(LoadBalanceLoss, NoTokens) {
